@@ -1,0 +1,33 @@
+"""memcompile: a ``torch.compile`` backend that makes a training step fit a memory budget."""
+
+from memcompile.contract import Context, Pass, Proposal, Proposer, Rebuild, Rewrite, rebuild
+from memcompile.errors import BudgetError, MemcompileError, PassError
+from memcompile.measure import Peak, measure_peak
+from memcompile.options import Options, OptionsError
+from memcompile.registry import available
+from memcompile.report import Report
+from memcompile.step import Step
+from memcompile.store import reports
+from memcompile.version import __version__
+
+__all__ = [
+    "BudgetError",
+    "Context",
+    "MemcompileError",
+    "Options",
+    "OptionsError",
+    "Pass",
+    "PassError",
+    "Peak",
+    "Proposal",
+    "Proposer",
+    "Rebuild",
+    "Report",
+    "Rewrite",
+    "Step",
+    "__version__",
+    "available",
+    "measure_peak",
+    "rebuild",
+    "reports",
+]

@@ -1,0 +1,348 @@
+"""Every private name of torch this project uses, imported here and nowhere else.
+
+Checked on torch 2.13.0 (CPU) by running; ``tests/test_house.py`` imports each name.
+When a release moves something, this file is what to mend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import sympy
+import torch
+import torch._dynamo.config as dynamo_config
+import torch._functorch.config as functorch_config
+import torch._inductor.config as inductor_config
+from functorch.compile import min_cut_rematerialization_partition
+from torch import fx
+from torch._dynamo import disable as disable_dynamo
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.compile_utils import fx_graph_cse
+from torch._functorch.partitioners import (
+    _extract_fwd_bwd_modules as extract_modules,
+)
+from torch._functorch.partitioners import (
+    _is_tangent as is_tangent,
+)
+from torch._functorch.partitioners import (
+    _must_be_in_backward as must_be_in_backward,
+)
+from torch._functorch.partitioners import (
+    cleanup_recompute_tags,
+    force_save_bw_mutation_src,
+    force_save_collectives,
+    force_save_effectful_ops,
+    has_recomputable_ops,
+    has_recomputable_rng_ops,
+    raise_getitems,
+    thread_graphsafe_rng_from_hops,
+)
+from torch._functorch.partitioners import (
+    reordering_to_mimic_autograd_engine as reorder_backward,
+)
+from torch._guards import TracingContext, detect_fake_mode
+from torch._inductor import compile_fx as inductor_compile_fx
+from torch._inductor.codegen import wrapper as wrapper_lines
+from torch._inductor.compile_fx import (
+    _recursive_joint_graph_passes as joint_graph_passes,
+)
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.graph import GraphLowering
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch._inductor.utils import get_dtype_size
+from torch._inductor.virtualized import V
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils.checkpoint import CheckpointPolicy
+
+__all__ = [
+    "CheckpointPolicy",
+    "CustomGraphPass",
+    "CustomPartitionerFn",
+    "GraphLowering",
+    "TracingContext",
+    "V",
+    "aot_autograd",
+    "cache_dir",
+    "cleanup_recompute_tags",
+    "compile_fx",
+    "compile_fx_inner",
+    "disable_dynamo",
+    "detect_fake_mode",
+    "dynamo_config",
+    "extract_modules",
+    "force_save_bw_mutation_src",
+    "force_save_collectives",
+    "force_save_effectful_ops",
+    "functorch_config",
+    "fx_graph_cse",
+    "get_dtype_size",
+    "has_recomputable_ops",
+    "has_recomputable_rng_ops",
+    "inductor_compile_fx",
+    "inductor_config",
+    "is_tangent",
+    "joint_graph_passes",
+    "min_cut_rematerialization_partition",
+    "must_be_in_backward",
+    "raise_getitems",
+    "reorder_backward",
+    "select_decomp_table",
+    "thread_graphsafe_rng_from_hops",
+    "unset_fake_temporarily",
+    "wrapper_lines",
+]
+
+aten = torch.ops.aten
+
+#: Ops that return a view without saying so in their schema.
+UNANNOTATED_VIEWS = frozenset({aten._unsafe_view.default, aten.lift_fresh.default})
+
+#: A size nothing is known of (an unbacked symbol) is taken to be this.
+UNKNOWN_SIZE = 4096
+
+
+def size_hint(size: torch.SymInt) -> int:
+    """The integer a symbolic size had when it was traced."""
+    value = size.node.hint
+    return UNKNOWN_SIZE if value is None else int(value)
+
+
+def size_expr(size: torch.SymInt) -> sympy.Expr:
+    """The sympy expression behind a symbolic size."""
+    return size.node.expr
+
+
+def is_symbolic(value: Any) -> bool:
+    """Whether a traced value is a symbolic number or a tensor with a symbolic size."""
+    if isinstance(value, torch.SymInt):
+        return True
+    return isinstance(value, torch.Tensor) and any(
+        isinstance(size, torch.SymInt) for size in value.shape
+    )
+
+
+def storage_key(tensor: torch.Tensor) -> Any:
+    """Equal for tensors that share memory."""
+    if tensor.layout != torch.strided:
+        return id(tensor)
+    return tensor.untyped_storage()._cdata
+
+
+def sparse_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The dense tensors a sparse one is made of."""
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    return []
+
+
+def guard_fits(expression: sympy.Basic) -> bool:
+    """Evaluate a symbolic bound while compiling, which makes it a guard of the step."""
+    context = TracingContext.try_get()
+    fake_mode = context.fake_mode if context else detect_fake_mode()
+    if fake_mode is None or fake_mode.shape_env is None:
+        return bool(expression)
+    return bool(fake_mode.shape_env.evaluate_expr(expression))
+
+
+def deep_copy(module: fx.GraphModule) -> fx.GraphModule:
+    """Copy a module whose constants may be real tensors while fake ones are in use."""
+    with unset_fake_temporarily():
+        return copy.deepcopy(module)
+
+
+class _Lowered(Exception):
+    """Carries the finished wrapper out of a dry run, before anything is compiled."""
+
+    def __init__(self, graph: GraphLowering) -> None:
+        self.graph = graph
+
+
+def dry_run(
+    gm: fx.GraphModule, compile_side: Callable[[fx.GraphModule], Any]
+) -> GraphLowering | None:
+    """Lower one side with Inductor up to its wrapper, building no kernel.
+
+    ``compile_side`` calls Inductor on the copy it is given. Returns ``None`` for a
+    graph that Inductor answers without lowering (it has no call).
+    """
+    module = deep_copy(gm)
+
+    def stop(self: GraphLowering) -> None:
+        self.codegen()
+        raise _Lowered(self)
+
+    uncached = {"fx_graph_cache": False, "fx_graph_remote_cache": False}
+    with (
+        mock.patch.object(GraphLowering, "compile_to_module", stop),
+        inductor_config.patch(uncached),
+    ):
+        try:
+            compile_side(module)
+        except _Lowered as lowered:
+            return lowered.graph
+        except Exception as error:
+            cause = _find_lowered(error)
+            if cause is None:
+                raise
+            return cause.graph
+    return None
+
+
+@contextlib.contextmanager
+def donated_buffers(
+    forward: fx.GraphModule, backward: fx.GraphModule, num_outputs: int
+) -> Iterator[None]:
+    """Within the block, Inductor sees which saved tensors the backward may overwrite.
+
+    AOTAutograd records this only after the split, which a dry run comes before: saved
+    tensors that share memory with no input, no output and no gradient.
+    """
+    context = TracingContext.try_get()
+    if context is None or not functorch_config.donated_buffer:
+        yield
+        return
+    (output,) = forward.graph.find_nodes(op="output")
+    (gradients,) = backward.graph.find_nodes(op="output")
+    others = [
+        *forward.graph.find_nodes(op="placeholder"),
+        *output.args[0][:num_outputs],
+        *gradients.args[0],
+    ]
+    taken = {
+        storage_key(node.meta["val"])
+        for node in others
+        if isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+    }
+    donated = [
+        place
+        for place, node in enumerate(backward.graph.find_nodes(op="placeholder"))
+        if isinstance(value := node.meta.get("val"), torch.Tensor)
+        and not is_tangent(node)
+        and storage_key(value) not in taken
+    ]
+    kept, context.fw_metadata = context.fw_metadata, SimpleNamespace(bw_donated_idxs=donated)
+    try:
+        yield
+    finally:
+        context.fw_metadata = kept
+
+
+def compiler_config(module: fx.GraphModule) -> Any:
+    """What Inductor carries from the forward's compilation to the backward's."""
+    return inductor_compile_fx.create_compiler_config_extra(module)
+
+
+def sizevar_hint(graph: GraphLowering, expression: Any) -> int:
+    """The integer a size in a lowered graph stands for."""
+    sizevars = graph.sizevars
+    hint = getattr(sizevars, "optimization_hint", None) or sizevars.size_hint
+    return int(hint(expression, fallback=UNKNOWN_SIZE))
+
+
+def hinted(size: Any) -> int:
+    """A size as an integer, symbolic or not."""
+    return size_hint(size) if isinstance(size, torch.SymInt) else int(size)
+
+
+def describe(value: Any) -> str:
+    """An example input as text that is equal in every process."""
+    if isinstance(value, torch.Tensor):
+        stride = value.stride() if value.layout == torch.strided else ()
+        return (
+            f"{value.dtype} {tuple(value.shape)} {stride} {value.device} {value.requires_grad}"
+        )
+    return repr(value)
+
+
+def mode_patches(mode: str | None) -> dict[str, Any]:
+    """Inductor's config for one of ``torch.compile``'s modes."""
+    return dict(torch._inductor.list_mode_options(mode)) if mode else {}
+
+
+def graph_passes(given: Any, ours: Any) -> Any:
+    """A user's own graph passes followed by ours, as Inductor's config takes them."""
+    if given is None:
+        return ours
+    return [*(given if isinstance(given, (list, tuple)) else [given]), ours]
+
+
+def boxed(gm: fx.GraphModule) -> Callable[..., Any]:
+    """A graph run op by op, that lets go of its inputs as it reads them for the last time."""
+    interpreter = fx.Interpreter(gm)
+
+    def run(args: list[Any]) -> Any:
+        return interpreter.boxed_run(args)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def aot_eager(
+    gm: fx.GraphModule,
+    example_inputs: Any,
+    compile_side: Callable[..., Any],
+    compile_inference: Callable[..., Any],
+    partition: Callable[..., Any],
+) -> Callable[..., Any]:
+    """AOTAutograd with Inductor's decompositions and no code generation."""
+    backend = aot_autograd(
+        fw_compiler=compile_side,
+        bw_compiler=compile_side,
+        inference_compiler=compile_inference,
+        partition_fn=partition,
+        decompositions=select_decomp_table,
+        keep_inference_input_mutations=True,
+    )
+    with functorch_config.patch(enable_autograd_cache=False):
+        return backend(gm, example_inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorShape:
+    """A tensor a lowered op reads, as plain data at hinted sizes."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def fallback_arguments(kernel: Any) -> tuple[Any, Any]:
+    """The arguments a ``FallbackKernel`` calls its op with, tensors as :class:`TensorShape`."""
+    graph = V.graph
+
+    def describe(node: Any) -> TensorShape:
+        return TensorShape(
+            tuple(sizevar_hint(graph, s) for s in node.get_size()),
+            tuple(sizevar_hint(graph, s) for s in node.get_stride()),
+            node.get_dtype(),
+            node.get_device(),
+        )
+
+    args, kwargs = kernel.unflatten_args(
+        [describe(node) for node in kernel.inputs], kernel.constant_args
+    )
+    return args, {**kernel.kwargs, **kwargs}
+
+
+@contextlib.contextmanager
+def real_tensors() -> Iterator[None]:
+    """Within the block, ops run on real tensors even while a graph is being compiled."""
+    with unset_fake_temporarily(), torch.no_grad(), torch._C._DisableTorchDispatch():
+        yield
+
+
+def _find_lowered(error: BaseException | None) -> _Lowered | None:
+    while error is not None:
+        if isinstance(error, _Lowered):
+            return error
+        error = error.__cause__ or error.__context__
+    return None

@@ -1,0 +1,469 @@
+"""Seconds per node, from a roofline calibrated once on the device at hand.
+
+A node costs the longer of its arithmetic and its memory traffic, and one launch. A node that
+Inductor inlines into its consumer costs its arithmetic alone. The figures rank moves against
+each other; they are not a promise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import getpass
+import hashlib
+import json
+import math
+import operator
+import os
+import platform
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.fx.node
+from torch.utils.flop_counter import flop_registry
+
+#: The size assumed where a symbolic one has no hint.
+UNKNOWN_SIZE = 4096
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+#: Ops that take many instructions an element, by their name without overload.
+SLOW_OPS = _names(
+    """
+    acos acosh asin asinh atan atan2 atanh cos cosh cumprod cumsum digamma elu erf erfc erfinv
+    exp exp2 expm1 gelu gelu_backward lgamma log log10 log1p log2 log_sigmoid_forward logaddexp
+    logcumsumexp logit logsumexp mish pow sigmoid silu silu_backward sin sinh softplus tan tanh
+    _softmax _log_softmax _log_softmax_backward_data
+    bernoulli inductor_randint inductor_random native_dropout normal_functional rand rand_like
+    randint randint_like randn randn_like
+    embedding_dense_backward index_add index_put scatter_add scatter_reduce
+    argsort histc kthvalue median mode sort topk unique_dim _unique2
+    """
+)
+
+#: Ops that read only as much of their inputs as they write.
+GATHER_OPS = _names("embedding gather grid_sampler_2d index index_select take take_along_dim")
+
+#: Ops that only describe a tensor anew, or whose result the next op writes.
+FREE_OPS = _names(
+    """
+    _unsafe_view empty empty_like empty_strided new_empty new_empty_strided lift_fresh
+    inductor_lookup_seed wait_tensor sym_size sym_stride sym_numel sym_storage_offset
+    """
+)
+
+#: Attention ops without a flop formula in torch, and one that counts the same arguments.
+_FLOPS_AS: Mapping[str, str] = {
+    f"_scaled_dot_product_{kind}{side}": f"_scaled_dot_product_flash_attention{side}"
+    for kind in ("flash_attention_for_cpu", "fused_attention_overrideable")
+    for side in ("", "_backward")
+}
+
+_MATMUL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """How fast a device is, each figure rounded to two significant digits."""
+
+    device: str  #: the device's own name
+    threads: int  #: intra-op threads (CPU); 0 elsewhere
+    matmul: Mapping[str, float]  #: flop/s by dtype: {"float32": 1.2e11, ...}
+    memory: float  #: bytes/s read or written
+    cheap: float  #: elements/s of plain arithmetic
+    slow: float  #: elements/s of exp, erf, tanh and the like
+    launch: float  #: seconds to start one kernel
+
+    def matmul_rate(self, dtype: torch.dtype) -> float:
+        """Flop/s for ``dtype``; eight-bit floats as bfloat16, the rest as float32."""
+        name = str(dtype).removeprefix("torch.")
+        other = "bfloat16" if name.startswith("float8") else "float32"
+        return self.matmul.get(name) or self.matmul.get(other) or self.matmul["float32"]
+
+    def to_json(self) -> str:
+        """As JSON text; :meth:`from_json` reads it back."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Rates:
+        """Read what :meth:`to_json` wrote. Raises ``ValueError`` on anything else."""
+        try:
+            rates = cls(**json.loads(text))
+            figures = [*rates.matmul.values(), rates.memory, rates.cheap, rates.slow, rates.launch]
+            if not all(0 < figure < math.inf for figure in figures):
+                raise ValueError("a rate is not a positive number")
+            rates.matmul["float32"]
+        except (TypeError, AttributeError, KeyError, ValueError) as error:
+            raise ValueError(f"not memcompile rates: {error}") from error
+        return rates
+
+
+#: Rates of no device in particular, the same everywhere: for tests.
+FIXED = Rates(
+    device="fixed",
+    threads=0,
+    matmul={"float32": 1e11, "bfloat16": 1e11, "float16": 1e11, "float64": 5e10},
+    memory=1e10,
+    cheap=1e10,
+    slow=1e9,
+    launch=5e-6,
+)
+
+_forced: list[Rates] = []
+_known: dict[Path, Rates] = {}
+
+
+@contextlib.contextmanager
+def use_rates(rates: Rates) -> Iterator[Rates]:
+    """Make :func:`calibrate` answer ``rates`` within the block, in every thread."""
+    _forced.append(rates)
+    try:
+        yield rates
+    finally:
+        _forced.pop()
+
+
+def calibrate(device: torch.device | str) -> Rates:
+    """The rates of ``device``: measured once, then read from disk.
+
+    In order: those of :func:`use_rates`; those that ``MEMCOMPILE_RATES`` names (``"fixed"``
+    or a JSON file); those on disk for this device, thread count and torch version; else a
+    benchmark of about a second, whose result is stored.
+    """
+    if _forced:
+        return _forced[-1]
+    named = os.environ.get("MEMCOMPILE_RATES")
+    if named:
+        return FIXED if named == "fixed" else Rates.from_json(Path(named).read_text("utf-8"))
+    where = torch.device(device)
+    path = _rates_file(where)
+    if path not in _known:
+        _known[path] = _load(path) or _store(path, measure_rates(where))
+    return _known[path]
+
+
+def cache_folder() -> Path:
+    """Where memcompile keeps files: ``MEMCOMPILE_CACHE``, else beside Inductor's cache."""
+    own = os.environ.get("MEMCOMPILE_CACHE")
+    if own:
+        return Path(own)
+    inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if inductor:
+        return Path(inductor, "memcompile")
+    try:
+        user = getpass.getuser()
+    except (KeyError, ImportError, OSError):
+        user = f"uid_{os.getuid()}" if hasattr(os, "getuid") else "unknown_user"
+    folder = "torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", user)
+    return Path(tempfile.gettempdir(), folder, "memcompile")
+
+
+def measure_rates(device: torch.device) -> Rates:
+    """Benchmark ``device`` afresh, in about a second.
+
+    On the CPU one thread is timed, and its arithmetic counts once for each thread; bandwidth
+    is shared, and grows about as their square root. Timing all threads at once would read
+    other processes' load: on a busy machine every parallel call waits for its slowest core.
+    """
+    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    with _one_thread(device):
+        products = _matmul_rates(device)
+        memory = _memory_rate(device)
+        cheap = _element_rate(device, [torch.add, torch.mul])
+        slow = _element_rate(device, [torch.exp, torch.erf, torch.tanh])
+        launch = _seconds(_addition(device, 1), device, repeats=200)
+    scale = max(threads, 1)
+    return Rates(
+        device=_device_name(device),
+        threads=threads,
+        matmul={dtype: _two_digits(rate * scale) for dtype, rate in products.items()},
+        memory=_two_digits(memory * math.sqrt(scale)),
+        cheap=_two_digits(cheap * scale),
+        slow=_two_digits(slow * scale),
+        launch=_two_digits(launch),
+    )
+
+
+def hint(size: Any) -> int:
+    """``size`` as a number: itself, a symbolic size's hint, or :data:`UNKNOWN_SIZE`."""
+    if isinstance(size, torch.SymInt):
+        try:
+            known = size.node.hint
+        except Exception:  # an unbacked size may raise whatever its environment likes
+            known = None
+        return int(known) if isinstance(known, int) else UNKNOWN_SIZE
+    return int(size)
+
+
+def node_seconds(
+    node: torch.fx.Node,
+    rates: Rates,
+    *,
+    materialised: bool = True,
+    reads: int | None = None,
+    writes: int | None = None,
+) -> float:
+    """Predicted seconds of one node that carries ``meta["val"]``. Never raises.
+
+    ``materialised=False`` says that Inductor inlines the node into a consumer: it moves no
+    bytes and launches nothing. ``reads`` and ``writes`` are the bytes moved where the caller
+    knows them (a fused group), else those of the node's own arguments and result.
+    """
+    name = _op_name(node)
+    if _is_free(node, name):
+        return 0.0
+    compute = _compute_seconds(node, name, rates)
+    if not materialised:
+        return compute
+    written = _bytes(_results(node)) if writes is None else writes
+    read = _bytes_read(node, name) if reads is None else reads
+    return max(compute, (read + written) / rates.memory) + rates.launch
+
+
+def node_flops(node: torch.fx.Node) -> int:
+    """Floating-point operations of a matrix product, convolution or attention; else 0."""
+    formula = flop_registry.get(_packet(node)) or flop_registry.get(_counted_as(_op_name(node)))
+    if formula is None:
+        return 0
+    try:
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), _shape_of_node)
+        return int(formula(*args, **kwargs, out_val=_shape_of(node.meta.get("val"))))
+    except Exception:  # a formula may refuse arguments it has not met: count it as no product
+        return 0
+
+
+def _compute_seconds(node: torch.fx.Node, name: str, rates: Rates) -> float:
+    """Seconds of arithmetic."""
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return 0.0
+    flops = node_flops(node)
+    if flops:
+        return flops / rates.matmul_rate(_compute_dtype(node))
+    return _elements(node, name) / (rates.slow if _is_slow(node, name) else rates.cheap)
+
+
+def _is_free(node: torch.fx.Node, name: str) -> bool:
+    """Whether a node is no work at all: an input, a view, an item of a tuple."""
+    if node.op not in ("call_function", "call_method", "call_module"):
+        return True
+    if node.target is operator.getitem or name in FREE_OPS:
+        return True
+    if getattr(node.target, "is_view", False):
+        return True
+    value = node.meta.get("val")
+    return value is not None and not isinstance(value, (torch.Tensor, tuple, list))
+
+
+def _is_slow(node: torch.fx.Node, name: str) -> bool:
+    if name == "pow" and len(node.args) > 1 and isinstance(node.args[1], (int, float)):
+        return node.args[1] not in (-2, -1, -0.5, 0, 0.5, 1, 2, 3, 4)
+    return name in SLOW_OPS
+
+
+def _elements(node: torch.fx.Node, name: str) -> int:
+    """Elements the node works on: of its results, or of its inputs if those are more."""
+    tensors = list(_results(node))
+    if name not in GATHER_OPS:
+        tensors += _arguments(node)
+    return max((_numel(tensor.shape) for tensor in tensors), default=0)
+
+
+def _bytes_read(node: torch.fx.Node, name: str) -> int:
+    if name in GATHER_OPS:
+        indices = [t for t in _arguments(node) if not t.dtype.is_floating_point]
+        return _bytes(_results(node)) + _bytes(indices)
+    return _bytes(_arguments(node))
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes that reading or writing each tensor once moves; expanded dimensions count once."""
+    return sum(_extent(tensor) * tensor.dtype.itemsize for tensor in tensors)
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Distinct elements of a strided tensor."""
+    if tensor.layout != torch.strided:
+        return _numel(tensor.shape)
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return _numel(size for size, stride in pairs if isinstance(stride, torch.SymInt) or stride != 0)
+
+
+def _numel(sizes: Iterable[Any]) -> int:
+    return math.prod(hint(size) for size in sizes)
+
+
+def _results(node: torch.fx.Node) -> list[torch.Tensor]:
+    return _tensors(node.meta.get("val"))
+
+
+def _arguments(node: torch.fx.Node) -> list[torch.Tensor]:
+    return [tensor for source in node.all_input_nodes for tensor in _results(source)]
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, (tuple, list)):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return [value] if isinstance(value, torch.Tensor) else []
+
+
+def _compute_dtype(node: torch.fx.Node) -> torch.dtype:
+    """The dtype a product multiplies in: that of its first floating-point argument."""
+    floats = [t.dtype for t in [*_arguments(node), *_results(node)] if t.dtype.is_floating_point]
+    return floats[0] if floats else torch.float32
+
+
+def _packet(node: torch.fx.Node) -> Any:
+    return getattr(node.target, "overloadpacket", node.target)
+
+
+def _op_name(node: torch.fx.Node) -> str:
+    """``mm`` for ``torch.ops.aten.mm.default``."""
+    return node.target if isinstance(node.target, str) else getattr(_packet(node), "__name__", "")
+
+
+def _counted_as(name: str) -> Any:
+    return getattr(torch.ops.aten, _FLOPS_AS[name]) if name in _FLOPS_AS else None
+
+
+def _shape_of_node(node: torch.fx.Node) -> Any:
+    return _shape_of(node.meta.get("val"))
+
+
+def _shape_of(value: Any) -> Any:
+    """What a flop formula wants: tensors without data, and plain numbers."""
+    if isinstance(value, torch.Tensor):
+        return torch.empty([hint(size) for size in value.shape], device="meta", dtype=value.dtype)
+    if isinstance(value, (tuple, list)):
+        return tuple(_shape_of(item) for item in value)
+    return hint(value) if isinstance(value, torch.SymInt) else value
+
+
+def _rates_file(device: torch.device) -> Path:
+    """One file for each device name, thread count, torch version and float32 precision."""
+    precision = torch.get_float32_matmul_precision()
+    parts = (_device_name(device), torch.get_num_threads(), torch.__version__, precision)
+    digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    return cache_folder() / f"rates-{device.type}-{digest}.json"
+
+
+def _load(path: Path) -> Rates | None:
+    try:
+        return Rates.from_json(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _store(path: Path, rates: Rates) -> Rates:
+    """Write ``rates`` in one step, so that no reader sees half; a full disk is no error."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        part.write_text(rates.to_json(), "utf-8")
+        part.replace(path)
+    return rates
+
+
+@functools.cache
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text("utf-8", errors="replace")
+        match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+        if match and device.type == "cpu":
+            return match[1].strip()
+    return f"{device.type} {platform.processor() or platform.machine()}"
+
+
+@contextlib.contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """Compute on the CPU with one thread within the block."""
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _two_digits(figure: float) -> float:
+    return float(f"{figure:.1e}")
+
+
+def _seconds(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Seconds of the fastest of ``repeats`` calls, queued work included; at most 80 ms of calls.
+
+    The fastest, because other processes only ever slow a call down.
+    """
+    _wait(device)
+    run()
+    _wait(device)
+    begin = time.perf_counter()
+    times: list[float] = []
+    while len(times) < repeats and (len(times) < 3 or time.perf_counter() - begin < 0.08):
+        batch = 10 if device.type == "cuda" else 1  # hides the wait behind queued work
+        start = time.perf_counter()
+        for _ in range(batch):
+            run()
+        _wait(device)
+        times.append((time.perf_counter() - start) / batch)
+    return min(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _addition(device: torch.device, count: int) -> Callable[[], Any]:
+    left, out = torch.ones(count, device=device), torch.empty(count, device=device)
+    return lambda: torch.add(left, left, out=out)
+
+
+def _matmul_rates(device: torch.device) -> dict[str, float]:
+    """Flop/s of a square product in each dtype the device multiplies."""
+    size = 2048 if device.type == "cuda" else 384
+    rates: dict[str, float] = {}
+    for dtype in _MATMUL_DTYPES:
+        with contextlib.suppress(RuntimeError):  # no kernel for this dtype here
+            left = torch.ones(size, size, dtype=dtype, device=device)
+            seconds = _seconds(functools.partial(torch.mm, left, left), device, repeats=200)
+            rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / seconds
+    return rates
+
+
+def _memory_rate(device: torch.device) -> float:
+    """Bytes/s of a copy that fits in no cache."""
+    count = 2**28 if device.type == "cuda" else 2**26
+    source = torch.ones(count // 4, device=device)
+    target = torch.empty_like(source)
+    seconds = _seconds(lambda: target.copy_(source), device, repeats=20)
+    return 2 * source.nbytes / seconds
+
+
+def _element_rate(device: torch.device, ops: list[Callable[..., Any]]) -> float:
+    """Elements/s of ``ops`` on data in cache, the launch taken off: the median op's."""
+    small, large = (2**18, 2**22) if device.type == "cuda" else (2**13, 2**16)
+    found = []
+    for op in ops:
+        short, long = (_seconds(_elementwise(op, device, n), device, 200) for n in (small, large))
+        found.append((large - small) / max(long - short, long / 10))
+    return statistics.median(found)
+
+
+def _elementwise(op: Callable[..., Any], device: torch.device, count: int) -> Callable[[], Any]:
+    values = torch.full((count,), 0.5, device=device)
+    out = torch.empty_like(values)
+    binary = op in (torch.add, torch.mul)
+    return lambda: op(*([values, values] if binary else [values]), out=out)

@@ -1,0 +1,263 @@
+"""``memopt``: from ``torch.compile`` through the pipeline to Inductor.
+
+Nothing here decides: it hands each captured graph to :class:`memcompile.compiler.Compiler`
+at the place where torch splits a joint graph, and turns what goes wrong into errors
+that users can catch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from memcompile import _torch, scratch, store
+from memcompile.analysis.cost import calibrate
+from memcompile.compiler import Compiler, Outcome
+from memcompile.contract import Context
+from memcompile.errors import MemcompileError
+from memcompile.explain import Explained
+from memcompile.lowering import Lowering
+from memcompile.options import Options, warn_if_above_free
+from memcompile.pipeline import Pipeline
+from memcompile.registry import resolve
+from memcompile.report import Report
+from memcompile.version import __version__
+
+log = logging.getLogger(__name__)
+
+#: What the promise does not cover, said in every report.
+OUTSIDE = (
+    "optimizer state, and gradients that already exist when the step starts",
+    "eager code between forward and backward, and outputs the caller keeps",
+    "the allocator's own rounding and fragmentation",
+)
+
+
+def memopt(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The ``torch.compile`` backend: a step that fits ``options["budget"]``.
+
+    Args:
+        gm: the graph Dynamo captured.
+        example_inputs: its inputs, fake or real.
+        options: see :class:`memcompile.Options`.
+        mode: one of torch's modes, where no options are given.
+
+    Raises:
+        OptionsError: an option is unknown or out of range.
+
+    A :class:`memcompile.BudgetError`, or a pass's error under ``strict``, is raised when
+    the compiled graph is first called, before any of it runs: torch would wrap what a
+    backend raises, or run the model eagerly over its budget.
+    """
+    parsed = Options.parse(options)
+    if mode is not None and mode != "default":
+        parsed = dataclasses.replace(parsed, mode=mode)
+    try:
+        return _Job(gm, example_inputs, parsed).compile()
+    except Exception as error:
+        own = _own_error(error)
+        if own is None:
+            raise
+        return _raises(own)
+
+
+def _own_error(error: BaseException | None) -> MemcompileError | None:
+    while error is not None:
+        if isinstance(error, MemcompileError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _raises(error: MemcompileError) -> Callable[..., Any]:
+    """A compiled graph that raises instead of running."""
+
+    @_torch.disable_dynamo
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise type(error).with_traceback(error, None)
+
+    return refuse
+
+
+class _Job:
+    """One captured graph on its way through torch."""
+
+    def __init__(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
+    ) -> None:
+        self.gm, self.example_inputs, self.options = gm, example_inputs, options
+        self.device = _device(gm, example_inputs)
+        limit = options.limit
+        budget = int(limit.value) if limit.kind == "bytes" else None
+        if budget is not None:
+            warn_if_above_free(self.device, budget, held=_input_bytes(example_inputs))
+        context = Context(options.strict, budget, self.device.type)
+        self.pipeline = Pipeline(resolve(options.passes), context)
+        (output,) = gm.graph.find_nodes(op="output")
+        outputs = output.args[0]
+        number = len(outputs) if isinstance(outputs, (list, tuple)) else 1
+        self.lowering = Lowering(number, len(example_inputs), scratch.of)
+        self.compiler = Compiler(options, self.pipeline, self.lowering, held=0)
+        self.report: Report | None = None
+        self.key = self._key()
+        self.graph_key = self._graph_key()
+
+    def _key(self) -> str:
+        """Covers everything a plan depends on beside the graph."""
+        parts = [
+            __version__,
+            torch.__version__,
+            self.options.key(),
+            self.pipeline.key(),
+            str(self.compiler.held),
+            calibrate(self.device).to_json(),
+        ]
+        return hashlib.sha256("|".join(parts).encode()).hexdigest()
+
+    def _graph_key(self) -> str:
+        """Names this captured graph, its inputs and options: where its report is stored."""
+        described = [_torch.describe(value) for value in self.example_inputs]
+        text = "\n".join([self.key, str(self.gm.code), *described])
+        return hashlib.sha256(text.encode()).hexdigest()[:40]
+
+    def compile(self) -> Callable[..., Any]:
+        """Compile, then file the report of what was planned or read from the cache."""
+        compiled = self._eager() if self.options.lower == "eager" else self._inductor()
+        if self.report is None:
+            self.report = store.load(self.graph_key) or self._missing()
+        store.add(self.report)
+        return compiled
+
+    def _inductor(self) -> Callable[..., Any]:
+        patches = {
+            **_torch.mode_patches(self.options.mode),
+            **self.options.inductor,
+            "custom_partitioner_fn": _Partitioner(self),
+            "joint_custom_pre_pass": _torch.graph_passes(
+                self.options.inductor.get("joint_custom_pre_pass"), _Rewrites(self)
+            ),
+        }
+        return _torch.compile_fx(
+            self.gm, self.example_inputs, inner_compile=self._inner, config_patches=patches
+        )
+
+    def _inner(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+        """Inductor's inner compiler; graphs without a backward are checked on the way."""
+        if kwargs.get("is_inference"):
+            self._file(self.compiler.inference(gm), "inference")
+        return _torch.compile_fx_inner(gm, example_inputs, **kwargs)
+
+    def _eager(self) -> Callable[..., Any]:
+        def run(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+            return _torch.boxed(gm)
+
+        def infer(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            self.pipeline.rewrite(gm)
+            self._file(self.compiler.inference(gm), "inference")
+            return _torch.boxed(gm)
+
+        def partition(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+            self.pipeline.rewrite(gm)
+            return self.partition(gm, **kwargs)
+
+        return _torch.aot_eager(self.gm, self.example_inputs, run, infer, partition)
+
+    def partition(
+        self,
+        gm: fx.GraphModule,
+        *,
+        num_fwd_outputs: int,
+        static_lifetime_input_indices: Sequence[int] | None = None,
+        **_: Any,
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """Split a joint graph as planned; called by torch."""
+        static = tuple(static_lifetime_input_indices or ())
+        outcome: Outcome = self.compiler.step(gm, num_fwd_outputs, static)
+        self._file(outcome.explained, "training")
+        return outcome.split.forward, outcome.split.backward
+
+    def _file(self, explained: Explained, kind: str) -> None:
+        values = {
+            field.name: getattr(explained, field.name) for field in dataclasses.fields(explained)
+        }
+        self.report = Report(
+            name=self.options.name,
+            index=0,
+            kind=kind,
+            torch=torch.__version__,
+            device=calibrate(self.device).device,
+            lower=self.options.lower,
+            budget_text="" if self.options.budget is None else str(self.options.budget),
+            reserve=self.options.reserve_bytes,
+            passes=tuple(self.pipeline.ran),
+            outside=OUTSIDE,
+            notes=tuple(self.compiler.notes),
+            schedulings=self.lowering.runs,
+            **values,
+        )
+        store.save(self.graph_key, self.report)
+
+    def _missing(self) -> Report:
+        """The graph came from torch's cache and its report is gone: say so."""
+        note = "compiled from torch's cache; the report of its planning was not found on disk"
+        return Report(
+            name=self.options.name, index=0, kind="", torch=torch.__version__,
+            device=str(self.device), lower=self.options.lower, budget=None,
+            budget_text=str(self.options.budget or ""), reserve=self.options.reserve_bytes,
+            before=0, floor=None, inductor=None, predicted=0, lowered=None, notes=(note,),
+            outside=OUTSIDE, cached=True,
+        )  # fmt: skip
+
+
+class _Partitioner(_torch.CustomPartitionerFn):
+    """Where torch splits a joint graph, we do."""
+
+    def __init__(self, job: _Job) -> None:
+        self.job = job
+
+    def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
+        return self.job.partition(gm, **kwargs)
+
+    def uuid(self) -> str:
+        return self.job.key
+
+
+class _Rewrites(_torch.CustomGraphPass):
+    """The rewrites of the pipeline, before Inductor matches any pattern."""
+
+    def __init__(self, job: _Job) -> None:
+        self.job = job
+
+    def __call__(self, graph: fx.Graph) -> None:
+        module = graph.owning_module
+        assert module is not None
+        self.job.pipeline.rewrite(module)
+
+    def uuid(self) -> str:
+        return self.job.key
+
+
+def _device(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> torch.device:
+    values = [*example_inputs, *gm.parameters(), *gm.buffers()]
+    devices = [v.device for v in values if isinstance(v, torch.Tensor)]
+    return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+
+
+def _input_bytes(example_inputs: Sequence[Any]) -> int:
+    total = 0
+    for value in example_inputs:
+        if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+            total += _torch.hinted(value.numel()) * value.element_size()
+    return total

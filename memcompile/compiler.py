@@ -1,0 +1,330 @@
+"""One captured graph: from its joint form to the split that fits the budget.
+
+The closed loop: Inductor's own split is lowered first; where it fits, it is used as it
+is. Else the ladder is built, a rung is lowered, and the next one is chosen with the
+error that the first one showed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+from torch import fx
+
+from memcompile import _torch
+from memcompile.analysis.cost import calibrate
+from memcompile.analysis.ops import runs_twice
+from memcompile.contract import Proposal
+from memcompile.draft import Draft, Drafted, Plan
+from memcompile.errors import BudgetError
+from memcompile.explain import Explained, explain
+from memcompile.lowering import Lowered, Lowering
+from memcompile.options import Budget, Options, format_bytes
+from memcompile.pipeline import Pipeline
+from memcompile.planner import Ladder, Planner, Rung
+from memcompile.split import Split, inductor_split, split
+from memcompile.step import Step, must_recompute, must_save, source_line
+
+#: Schedulings of one graph, Inductor's own included.
+TRIES = 3
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What was decided for one graph, for the report."""
+
+    split: Split
+    explained: Explained
+
+
+@dataclasses.dataclass
+class Tried:
+    """A split and what it lowers to."""
+
+    drafted: Drafted
+    split: Split
+    peak: int
+
+
+class Compiler:
+    """Plans the steps of one captured graph."""
+
+    def __init__(self, options: Options, pipeline: Pipeline, lowering: Lowering, held: int) -> None:
+        self.options, self.pipeline, self.lowering = options, pipeline, lowering
+        self.held = held
+        self.notes: list[str] = []
+
+    @property
+    def fused(self) -> bool:
+        return self.options.lower == "inductor"
+
+    # -- training steps ---------------------------------------------------------------
+
+    def step(self, module: fx.GraphModule, num_outputs: int, static: tuple[int, ...]) -> Outcome:
+        """Plan a joint graph and split it.
+
+        Raises:
+            BudgetError: no plan found fits the budget.
+        """
+        started = time.perf_counter()
+        self.notes.clear()
+        _prepare(module)
+        step = Step(module, num_outputs, static)
+        own, saved = inductor_split(step)
+        proposals = self.pipeline.propose(step)
+        planner = self._planner(step, own, saved, proposals)
+        ground = planner.ground_draft
+        first = Tried(ground, own, self._lower(step, own, ground))
+        if _redraws(step.module):
+            # Stock torch draws anew here (pytorch #190758): the plan is cut by us instead.
+            again = split(step, ground)
+            first = Tried(ground, again, self._lower(step, again, ground))
+        budget = self._budget(step, first.peak)
+        chosen, ladder = first, None
+        if budget is None and self.options.limit.kind != "min":
+            pass
+        elif budget is None or first.peak > budget:
+            ladder = planner.build()
+            chosen = self._search(step, ladder, planner, first, budget)
+        explained = explain(
+            step=step,
+            before=ground,
+            after=chosen.drafted,
+            proposals=proposals,
+            budget=budget,
+            inductor=first.peak,
+            lowered=chosen.peak,
+            floor=ladder.floor.peak if ladder else None,
+            split=chosen.split,
+        )
+        explained.planning_seconds = time.perf_counter() - started
+        self._guard(step, chosen, budget)
+        return Outcome(chosen.split, explained)
+
+    def _planner(
+        self, step: Step, own: Split, saved: list[str], proposals: list[Proposal]
+    ) -> Planner:
+        by_name = {node.name: node for node in step.nodes}
+        forward = {node.name for node in own.forward.graph.nodes if node.op == "call_function"}
+        backward = {node.name for node in own.backward.graph.nodes if node.op == "call_function"}
+        twice = {by_name[name] for name in forward & backward if name in by_name}
+        roots = {step.roots[by_name[name]] for name in saved if name in by_name}
+        kept = frozenset(r for r in roots if r.op == "call_function" and r in step.sides.early)
+        offered = frozenset(p.value for p in proposals if p.rebuild is None)
+        inductors = {n for n in twice if runs_twice(n) and not must_save(n)}
+        unclaimed = {
+            n for n in step.early_values() if n.name in backward and n.name not in forward
+        }
+        again = offered | frozenset(inductors) | frozenset(unclaimed)
+        draft = Draft(step, calibrate(_device(step)), again, self.fused)
+        bound = frozenset(n for n in step.nodes if must_recompute(n))
+        return Planner(draft, Plan(kept), proposals, bound)
+
+    def _lower(self, step: Step, cut: Split, drafted: Drafted) -> int:
+        """Total bytes of a split once lowered, what earlier graphs hold included."""
+        if not self.fused:
+            return drafted.peak + self.held
+        lowered: Lowered = self.lowering.step(
+            cut.forward, cut.backward, step.num_outputs, step.input_bytes()
+        )
+        return lowered.peak + self.held
+
+    def _budget(self, step: Step, inductor: int) -> int | None:
+        return total_budget(self.options, step.input_bytes() + self.held, inductor)
+
+    def _search(
+        self, step: Step, ladder: Ladder, planner: Planner, first: Tried, budget: int | None
+    ) -> Tried:
+        """Lower rungs until one fits, the error of the last one taken into account."""
+        before = step.input_bytes() + self.held
+        if budget is None:
+            tried = self._try(step, planner, ladder.floor)
+            return min((tried, first), key=lambda t: t.peak)
+        room = max(0, budget - before)
+        error = _error(first.drafted.peak, first.peak, before, self.held)
+        least, fits = first, None
+        rung = ladder.fit(before - self.held + int(room / max(1.0, error))) or ladder.floor
+        for left in range(TRIES - 2, -1, -1):
+            tried = self._try(step, planner, rung)
+            least = min((least, tried), key=lambda t: t.peak)
+            error = _error(tried.drafted.peak, tried.peak, before, self.held)
+            if tried.peak <= budget:
+                if fits is None or tried.drafted.seconds < fits.drafted.seconds:
+                    fits = tried
+                slack = (budget - tried.peak) / max(1, room)
+                looser = ladder.fit(before - self.held + int(0.99 * room / error))
+                if left == 0 or slack < 0.03 or looser is None or looser.peak <= rung.peak:
+                    return fits
+                rung = looser
+                continue
+            if fits is not None:
+                return fits
+            target = before - self.held + int(0.995 * room / max(error, 1e-9))
+            tighter = ladder.fit(min(target, rung.peak - 1))
+            if tighter is None:
+                tighter = ladder.floor
+            if tighter.plan.key() == rung.plan.key():
+                break
+            rung = tighter
+        if fits is not None:
+            return fits
+        raise self._refusal(step, ladder, planner, least, budget)
+
+    def _try(self, step: Step, planner: Planner, rung: Rung) -> Tried:
+        drafted = planner.drafted(rung.plan)
+        cut = split(step, drafted)
+        return Tried(drafted, cut, self._lower(step, cut, drafted))
+
+    def _refusal(
+        self, step: Step, ladder: Ladder, planner: Planner, least: Tried, budget: int
+    ) -> BudgetError:
+        line = max(
+            (least.drafted.forward, least.drafted.backward), key=lambda t: t.peak
+        )
+        node = line.ops[line.at].node if line.ops else step.output
+        return refusal(self.options, budget, least.peak, self.held, node, _suggestions(step, least))
+
+    def _guard(self, step: Step, chosen: Tried, budget: int | None) -> None:
+        """Make "the symbolic peak fits" a guard, so that lengths that fit share the plan."""
+        if budget is None or not step.dynamic:
+            return
+        from memcompile.symbolic import peak_expressions
+
+        room = budget - self.held
+        for expression, value in peak_expressions(step, chosen.drafted):
+            lowered = max(chosen.peak - self.held, value)
+            _torch.guard_fits(expression * lowered <= max(room, lowered) * value)
+
+    # -- graphs without a backward ----------------------------------------------------
+
+    def inference(self, module: fx.GraphModule) -> Explained:
+        """Check a graph that has no late side: nothing can be rebuilt, so it fits or not.
+
+        Raises:
+            BudgetError: its lowered peak is above the budget.
+        """
+        started = time.perf_counter()
+        outputs = list(module.graph.find_nodes(op="output"))[0].args[0]
+        step = Step(module, len(outputs))
+        draft = Draft(step, calibrate(_device(step)), fused=self.fused)
+        drafted = draft.under(Plan(frozenset()))
+        before = step.input_bytes()
+        peak = drafted.peak + self.held
+        if self.fused:
+            peak = self.lowering.inference(module, before).peak + self.held
+        budget = total_budget(self.options, before + self.held, peak)
+        if budget is not None and peak > budget and self.options.limit.kind == "bytes":
+            line = drafted.forward
+            node = line.ops[line.at].node
+            raise refusal(self.options, budget, peak, self.held, node, [])
+        explained = explain(
+            step=step,
+            before=drafted,
+            after=drafted,
+            proposals=[],
+            budget=budget,
+            inductor=peak,
+            lowered=peak,
+            floor=None,
+            split=None,
+        )
+        explained.planning_seconds = time.perf_counter() - started
+        return explained
+
+
+def total_budget(options: Options, before: int, inductor: int) -> int | None:
+    """The budget in total bytes, the reserve taken off; ``None`` for none and for "min"."""
+    limit: Budget = options.limit
+    if limit.kind == "bytes":
+        return int(limit.value) - options.reserve_bytes
+    if limit.kind == "share":
+        return before + int(limit.value * (inductor - before)) - options.reserve_bytes
+    return None
+
+
+def refusal(
+    options: Options, budget: int, floor: int, held: int, node: fx.Node, hints: list[str]
+) -> BudgetError:
+    """The error that names the floor, what sets it, and what would lower it."""
+    where = source_line(node)
+    label = f" ({options.name})" if options.name else ""
+    reserve = options.reserve_bytes
+    lines = [
+        f"the step{label} cannot fit budget={options.budget!r}: "
+        f"{format_bytes(budget)} ({budget} bytes)"
+        + (f" after reserve={format_bytes(reserve)}" if reserve else ""),
+        f"the least lowered peak found is {format_bytes(floor)} ({floor} bytes), "
+        f"at node {node.name}" + (f" from {where}" if where else ""),
+    ]
+    if held:
+        lines.append(f"of it, {format_bytes(held)} are held by graphs compiled before this one")
+    lines += hints
+    lines.append(f"a budget of {format_bytes(floor + reserve)} or more is met")
+    return BudgetError("\n".join(lines), budget=budget, floor=floor, node=node.name, source=where)
+
+
+def _suggestions(step: Step, least: Tried) -> list[str]:
+    line = max((least.drafted.forward, least.drafted.backward), key=lambda t: t.peak)
+    alive = sorted(line.alive(line.at), key=lambda j: -line.ops[j].bytes)[:3]
+    held = [
+        f"{line.ops[j].node.name} {format_bytes(line.ops[j].bytes)}"
+        + (f" ({source_line(line.ops[j].node)})" if source_line(line.ops[j].node) else "")
+        for j in alive
+        if line.ops[j].bytes
+    ]
+    static = step.input_bytes()
+    lines = []
+    if held:
+        lines.append("largest values alive there: " + "; ".join(held))
+    lines.append(
+        f"parameters, buffers and inputs are {format_bytes(static)} of it; "
+        "a smaller batch or shorter sequence, or fewer values kept by the user's own "
+        "checkpoint tags, would lower the rest"
+    )
+    return lines
+
+
+def _error(predicted: int, lowered: int, before: int, held: int) -> float:
+    """Lowered over predicted, both as step peaks."""
+    return max(1, lowered - before) / max(1, predicted - (before - held))
+
+
+def _prepare(module: fx.GraphModule) -> None:
+    """What torch's own partitioner does to a joint graph before it decides anything."""
+    module.graph.eliminate_dead_code()
+    if _torch.functorch_config.cse:
+        module.graph = _torch.fx_graph_cse(module.graph)
+    module.recompile()
+    if _torch.has_recomputable_ops(module):
+        _torch.cleanup_recompute_tags(module, is_default_partition=False)
+    _torch.force_save_collectives(module)
+    _torch.force_save_effectful_ops(module)
+    _torch.force_save_bw_mutation_src(module)
+
+
+def _redraws(module: fx.GraphModule) -> bool:
+    """Whether a checkpoint region holds random draws, which stock torch draws again."""
+    from memcompile.analysis.ops import is_random
+
+    return any(is_random(n) and _tagged(n) for n in module.graph.nodes)
+
+
+def _tagged(node: fx.Node) -> bool:
+    return node.meta.get("recompute") in (
+        _torch.CheckpointPolicy.MUST_RECOMPUTE,
+        _torch.CheckpointPolicy.PREFER_RECOMPUTE,
+    )
+
+
+def _device(step: Step) -> Any:
+    from memcompile.step import tensors
+
+    for node in step.placeholders:
+        for tensor in tensors(node):
+            if tensor.device.type != "cpu":
+                return tensor.device
+    return "cpu"
+
+

@@ -1,0 +1,152 @@
+"""The pass contract: all that the author of a pass must know.
+
+A pass is a frozen dataclass. Its fields are its options, its ``name`` is how
+pipelines spell it, and ``exactness`` says what the configured instance does to
+numbers. It is one of two kinds: a :class:`Rewrite` changes a graph in place, a
+:class:`Proposer` offers moves that the planner may take.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from memcompile import _torch
+from memcompile.errors import PassError
+from memcompile.step import Step
+
+#: ``"bits"``: identical. ``"rounding"``: the same function, another order of rounding.
+#: ``"no"``: numbers may change; such a pass runs only when the user names it.
+Exactness = Literal["bits", "rounding", "no"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a pass may know beside the graph."""
+
+    strict: bool = False
+    budget: int | None = None  #: total bytes, or None
+    device: str = "cpu"
+
+
+
+
+
+
+class Pass(abc.ABC):
+    """What both kinds share. Subclasses are frozen dataclasses with a ``name``."""
+
+    name: ClassVar[str]
+
+    @property
+    def exactness(self) -> Exactness:
+        """How exact this configured pass is; override when an option changes it."""
+        return "bits"
+
+
+class Rewrite(Pass):
+    """A pass that changes a graph in place, before anything is planned."""
+
+    @abc.abstractmethod
+    def rewrite(self, module: fx.GraphModule, context: Context) -> bool:
+        """Change ``module.graph`` in place; return whether anything changed.
+
+        The pipeline lints, recompiles, checks and records: a pass does none of it.
+        """
+
+
+class Proposer(Pass):
+    """A pass that offers moves and rewrites nothing."""
+
+    @abc.abstractmethod
+    def propose(self, step: Step, context: Context) -> Iterable[Proposal]:
+        """The moves this pass can make on ``step``; the planner chooses among them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rebuild:
+    """How late readers get a value back from what was stored instead of it.
+
+    ``encode`` runs early, right after the value, and its outputs are stored;
+    ``decode`` runs late, on those outputs followed by the values of ``reads``
+    (which are kept anyway, or rebuilt in turn). Both are graphs of plain aten ops.
+    """
+
+    decode: fx.GraphModule
+    encode: fx.GraphModule | None = None
+    reads: tuple[fx.Node, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Proposal:
+    """One move: late readers of ``value`` read a rebuilt one instead of keeping it.
+
+    ``rebuild=None`` is recomputation: the value's own op runs again. ``how`` names
+    the move in reports. The planner re-measures every claim on its own draft.
+    """
+
+    value: fx.Node
+    how: str = "recompute"
+    rebuild: Rebuild | None = None
+    by: str = dataclasses.field(default="", compare=False)  #: filled in by the pipeline
+
+
+def rebuild(
+    value: fx.Node,
+    decode: Callable[..., torch.Tensor],
+    encode: Callable[[torch.Tensor], torch.Tensor | tuple[torch.Tensor, ...]] | None = None,
+    reads: tuple[fx.Node, ...] = (),
+) -> Rebuild:
+    """Trace two plain functions into a :class:`Rebuild` for ``value``.
+
+    Args:
+        value: the node whose tensor is not to be kept.
+        decode: ``decode(*encoded, *reads) -> tensor`` with the shape and dtype of ``value``.
+        encode: ``encode(tensor) -> tensor or tuple``, what is stored; ``None`` stores nothing.
+        reads: other values of the step that ``decode`` needs.
+
+    Raises:
+        PassError: when ``decode`` gives back another shape or dtype.
+    """
+    original = value.meta["val"]
+    mode = _torch.detect_fake_mode([original])
+    stored: list[torch.Tensor] = []
+    traced_encode = None
+    if encode is not None:
+        traced_encode = _trace(lambda x: _as_tuple(encode(x)), mode, original)
+        stored = [out.meta["val"] for out in _outputs(traced_encode)]
+    others = [node.meta["val"] for node in reads]
+    traced_decode = _trace(lambda *args: (decode(*args),), mode, *stored, *others)
+    (result,) = _outputs(traced_decode)
+    got = result.meta["val"]
+    if got.dtype != original.dtype or tuple(got.shape) != tuple(original.shape):
+        raise PassError(
+            f"decode for node {value.name} gives {got.dtype}{list(got.shape)}, "
+            f"the value is {original.dtype}{list(original.shape)}; return the value's own "
+            "shape and dtype"
+        )
+    return Rebuild(traced_decode, traced_encode, tuple(reads))
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def _trace(function: Callable[..., Any], mode: Any, *args: torch.Tensor) -> fx.GraphModule:
+    trace = make_fx(function, decomposition_table=_torch.select_decomp_table())
+    with torch.no_grad():
+        if mode is None:
+            return trace(*args)
+        with mode:
+            return trace(*args)
+
+
+def _outputs(module: fx.GraphModule) -> list[fx.Node]:
+    (output,) = module.graph.find_nodes(op="output")
+    return list(output.args[0])

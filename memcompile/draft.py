@@ -1,0 +1,377 @@
+"""A light copy of the step that moves edit; its timeline decides.
+
+A plan is a set of *kept* roots (early values stored for the backward) plus the
+rebuilds chosen for some others; every early value that a late reader needs and
+that is neither is computed again, as late as possible. Nothing is deleted by hand:
+what nobody needs is never built, so undoing a move is drafting without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping
+
+from torch import fx
+
+from memcompile.analysis import ops as op_kinds
+from memcompile.analysis.cost import Rates, node_seconds
+from memcompile.analysis.timeline import Kind, Op, Timeline, simulate
+from memcompile.contract import Proposal, Rebuild
+from memcompile.step import Step, tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is kept from forward to backward, and what is rebuilt in another way."""
+
+    kept: frozenset[fx.Node]
+    rebuilt: Mapping[fx.Node, Proposal] = dataclasses.field(default_factory=dict)
+
+    def key(self) -> tuple[frozenset[fx.Node], frozenset[tuple[fx.Node, str, str]]]:
+        """Equal plans have equal keys."""
+        moves = frozenset((v, p.by, p.how) for v, p in self.rebuilt.items())
+        return self.kept, moves
+
+
+@dataclasses.dataclass(slots=True)
+class Late:
+    """One node of the backward: the step's own, or a copy of an early one."""
+
+    node: fx.Node
+    copy: bool
+
+
+@dataclasses.dataclass
+class Drafted:
+    """A draft under one plan: what runs, what it costs."""
+
+    plan: Plan
+    forward: Timeline
+    backward: Timeline
+    saved: list[fx.Node]  #: early roots stored for the backward
+    stored: list[fx.Node]  #: encoded outputs stored for the backward (rebuild graphs' nodes)
+    late: list[Late | Proposal]  #: the backward's order, views left out
+    seconds: float
+
+    @property
+    def peak(self) -> int:
+        """Bytes, what lives before the step included."""
+        return max(self.forward.peak, self.backward.peak)
+
+    @property
+    def copies(self) -> list[fx.Node]:
+        """The early nodes that run again."""
+        return [item.node for item in self.late if isinstance(item, Late) and item.copy]
+
+
+@dataclasses.dataclass(slots=True)
+class _Info:
+    """What the draft needs of one node, computed once."""
+
+    inputs: tuple[fx.Node, ...]  #: roots it reads
+    kind: Kind
+    bytes: int
+    seconds: float
+    heavy: bool
+
+
+class Draft:
+    """The step, ready to be drafted under any plan.
+
+    Args:
+        step: the step.
+        rates: what the device can do.
+        again: early values that may run twice; any other one a late reader needs is kept.
+        fused: whether the lowering fuses (Inductor does, eager does not).
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        rates: Rates,
+        again: frozenset[fx.Node] | None = None,
+        fused: bool = True,
+    ) -> None:
+        self.step = step
+        self.rates = rates
+        self.fused = fused
+        self.again = step.sides.early if again is None else again
+        self.before = step.input_bytes()
+        roots = step.roots
+        self.info = {node: self._read(node) for node in step.nodes if node.op != "output"}
+        self.outputs = [roots[node] for node in step.node_outputs()]
+        self.gradients = [roots[node] for node in step.gradient_nodes()]
+        self._late_order = self._needed_late()
+        self._forward_always = self._closure(self.outputs + self._pinned_effects())
+        self._returned = sum(
+            self.info[r].bytes
+            for r in set(self.outputs)
+            if r in step.sides.early and r.op == "call_function"
+        )
+        self._tangents = sum(self.info[t].bytes for t in step.tangents)
+        self.evaluations = 0
+
+    # -- reading the step -----------------------------------------------------------
+
+    def _read(self, node: fx.Node) -> _Info:
+        step = self.step
+        roots = step.roots
+        kind = op_kinds.classify(node)
+        if not self.fused and kind in (Kind.POINTWISE, Kind.REDUCTION):
+            kind = Kind.EXTERN if op_kinds.classify(node) != Kind.PART else Kind.PART
+        inputs = dict.fromkeys(roots[a] for a in node.all_input_nodes if tensors(a))
+        if kind == Kind.PART:
+            base = node.args[0]
+            assert isinstance(base, fx.Node)
+            inputs.update(dict.fromkeys(roots[a] for a in base.all_input_nodes if tensors(a)))
+        several = isinstance(node.meta.get("val"), (list, tuple))
+        view = roots[node] is not node
+        free = kind == Kind.SOURCE or view
+        return _Info(
+            tuple(inputs),
+            kind,
+            0 if several or view else step.bytes(node),
+            0.0 if free else node_seconds(node, self.rates, materialised=False),
+            op_kinds.op_name(node) in op_kinds.HEAVY,
+        )
+
+    def _pinned_effects(self) -> list[fx.Node]:
+        """Early nodes that run for their effect, whoever reads them."""
+        return [
+            node
+            for node in self.step.nodes
+            if node in self.step.sides.early
+            and node.op == "call_function"
+            and node.is_impure()
+        ]
+
+    def _closure(self, roots: Iterable[fx.Node]) -> frozenset[fx.Node]:
+        needed: set[fx.Node] = set()
+        stack = list(roots)
+        while stack:
+            node = stack.pop()
+            if node in needed:
+                continue
+            needed.add(node)
+            stack.extend(self.info[node].inputs)
+        return frozenset(needed)
+
+    def _needed_late(self) -> list[fx.Node]:
+        """Late nodes the gradients need, from the first reader of a tangent on.
+
+        Autograd's engine starts there too; what stands before it is pulled in when
+        a later node needs it, so that recomputation is never dragged forward.
+        """
+        step, info = self.step, self.info
+        late = step.sides.late
+        effects = [n for n in step.nodes if n in late and n.op == "call_function" and n.is_impure()]
+        needed: set[fx.Node] = set()
+        stack = [g for g in self.gradients if g in late] + [step.roots[e] for e in effects]
+        while stack:
+            node = stack.pop()
+            if node in needed or node not in late:
+                continue
+            needed.add(node)
+            stack.extend(info[node].inputs)
+        order = [n for n in step.nodes if n in needed and n.op == "call_function"]
+        tangents = set(step.tangents)
+        for place, node in enumerate(order):
+            if any(i in tangents for i in info[node].inputs):
+                return order[place:] + order[:place]
+        return order
+
+    @functools.cached_property
+    def needed_late(self) -> frozenset[fx.Node]:
+        """Early roots that some late node or gradient reads directly."""
+        early = self.step.sides.early
+        read = {i for node in self._late_order for i in self.info[node].inputs}
+        return frozenset(n for n in (*read, *self.gradients) if n in early)
+
+    # -- drafting -------------------------------------------------------------------
+
+    def under(self, plan: Plan) -> Drafted:
+        """Draft the step under a plan and walk both sides' timelines."""
+        self.evaluations += 1
+        backward, late, saved, stored = self._draft_backward(plan)
+        forward = self._draft_forward(plan, saved, stored)
+        before = simulate(forward, self.before)
+        returned = self._returned - sum(
+            self.info[s].bytes for s in set(saved) & set(self.outputs)
+        )
+        after = simulate(backward, self.before + returned)
+        rate, launch = self.rates.memory, self.rates.launch
+        seconds = before.seconds(rate, launch) + after.seconds(rate, launch)
+        return Drafted(plan, before, after, saved, stored, late, seconds)
+
+    def _draft_forward(
+        self, plan: Plan, saved: list[fx.Node], stored: list[fx.Node]
+    ) -> list[Op]:
+        info = self.info
+        encoded = [v for v, p in plan.rebuilt.items() if p.rebuild and p.rebuild.encode]
+        extra = [n for n in (*saved, *encoded) if n not in self._forward_always]
+        needed = self._forward_always | self._closure(extra) if extra else self._forward_always
+        keep = {*saved, *self.outputs}
+        stored_set = set(stored)
+        place: dict[fx.Node, int] = {}
+        ops: list[Op] = []
+        for node in self.step.nodes:
+            if node not in needed:
+                continue
+            what = info[node]
+            place[node] = len(ops)
+            if what.kind == Kind.SOURCE:
+                ops.append(Op(node, Kind.SOURCE, (), 0, owned=False, traffic=what.bytes))
+                continue
+            inputs = tuple(place[i] for i in what.inputs)
+            ops.append(
+                Op(node, what.kind, inputs, what.bytes, what.seconds, what.heavy, node in keep)
+            )
+            move = plan.rebuilt.get(node)
+            if move is not None and move.rebuild is not None and move.rebuild.encode is not None:
+                self._add_fragment(ops, move.rebuild.encode, [place[node]], stored_set)
+        return ops
+
+    def _draft_backward(
+        self, plan: Plan
+    ) -> tuple[list[Op], list[Late | Proposal], list[fx.Node], list[fx.Node]]:
+        build = _Backward(self, plan)
+        for node in self._late_order:
+            build.need(node)
+        for gradient in self.gradients:
+            build.need(gradient)
+        for gradient in self.gradients:
+            place = build.place.get(gradient)
+            if place is not None:
+                build.ops[place].keep = True
+        return build.ops, build.order, build.saved, build.stored
+
+    def _add_fragment(
+        self,
+        ops: list[Op],
+        fragment: fx.GraphModule,
+        inputs: list[int],
+        keep: set[fx.Node],
+    ) -> list[int]:
+        """Append a rebuild graph's ops; returns the places of its outputs."""
+        place: dict[fx.Node, int] = {}
+        given = iter(inputs)
+        for node in fragment.graph.nodes:
+            if node.op == "placeholder":
+                place[node] = next(given)
+            elif node.op == "output":
+                return [place[out] for out in node.args[0]]
+            else:
+                what = self._fragment_info(node)
+                args = tuple(dict.fromkeys(place[a] for a in node.all_input_nodes if a in place))
+                if what is None:
+                    place[node] = args[0]
+                    continue
+                place[node] = len(ops)
+                ops.append(
+                    Op(node, what.kind, args, what.bytes, what.seconds, what.heavy, node in keep)
+                )
+        raise AssertionError("a graph ends in an output")
+
+    @functools.cached_property
+    def _fragments(self) -> dict[fx.Node, _Info | None]:
+        return {}
+
+    def _fragment_info(self, node: fx.Node) -> _Info | None:
+        """Like :meth:`_read` for a node of a rebuild graph; ``None`` for a view."""
+        from memcompile.step import is_view
+
+        if node not in self._fragments:
+            if is_view(node):
+                self._fragments[node] = None
+            else:
+                self._fragments[node] = _Info(
+                    (),
+                    op_kinds.classify(node),
+                    self.step.bytes(node),
+                    node_seconds(node, self.rates, materialised=False),
+                    op_kinds.op_name(node) in op_kinds.HEAVY,
+                )
+        return self._fragments[node]
+
+
+class _Backward:
+    """Lays out one backward: late nodes in order, copies of early ones just in time."""
+
+    def __init__(self, draft: Draft, plan: Plan) -> None:
+        self.draft, self.plan = draft, plan
+        self.ops: list[Op] = []
+        self.order: list[Late | Proposal] = []
+        self.saved: list[fx.Node] = []
+        self.stored: list[fx.Node] = []
+        self.place: dict[fx.Node, int] = {}
+
+    def need(self, node: fx.Node) -> None:
+        """Lay out ``node`` and whatever it needs that is not there yet, in step order."""
+        if node in self.place:
+            return
+        order = self.draft.step.order
+        for missing in sorted(self._missing(node), key=order.__getitem__):
+            if missing not in self.place:
+                self._lay(missing)
+
+    def _is_kept(self, node: fx.Node) -> bool:
+        """Chosen to be kept, or neither able to run twice nor rebuilt in another way."""
+        if node not in self.draft.step.sides.early or node.op != "call_function":
+            return False
+        if node in self.plan.kept:
+            return True
+        return node not in self.draft.again and node not in self.plan.rebuilt
+
+    def _missing(self, node: fx.Node) -> set[fx.Node]:
+        found: set[fx.Node] = set()
+        stack = [node]
+        while stack:
+            at = stack.pop()
+            if at in found or at in self.place:
+                continue
+            found.add(at)
+            if self._is_kept(at):
+                continue
+            move = self.plan.rebuilt.get(at)
+            if move is not None and move.rebuild is not None:
+                stack.extend(self.draft.step.roots[r] for r in move.rebuild.reads)
+            else:
+                stack.extend(self.draft.info[at].inputs)
+        return found
+
+    def _lay(self, node: fx.Node) -> None:
+        draft, plan = self.draft, self.plan
+        info = draft.info[node]
+        early = node in draft.step.sides.early
+        if info.kind == Kind.SOURCE:
+            tangent = not early
+            size = info.bytes if tangent else 0
+            self._source(node, size, owned=False, traffic=info.bytes)
+        elif self._is_kept(node):
+            self.saved.append(node)
+            self._source(node, info.bytes, owned=node not in draft.outputs)
+        elif early and (move := plan.rebuilt.get(node)) is not None and move.rebuild is not None:
+            self._rebuild(node, move, move.rebuild)
+        else:
+            self.place[node] = len(self.ops)
+            inputs = tuple(self.place[i] for i in info.inputs)
+            self.ops.append(Op(node, info.kind, inputs, info.bytes, info.seconds, info.heavy))
+            self.order.append(Late(node, early))
+
+    def _source(self, node: fx.Node, size: int, *, owned: bool, traffic: int = 0) -> int:
+        self.place[node] = len(self.ops)
+        self.ops.append(Op(node, Kind.SOURCE, (), size, owned=owned, traffic=traffic))
+        return self.place[node]
+
+    def _rebuild(self, node: fx.Node, move: Proposal, how: Rebuild) -> None:
+        inputs = []
+        if how.encode is not None:
+            (output,) = how.encode.graph.find_nodes(op="output")
+            for encoded in output.args[0]:
+                self.stored.append(encoded)
+                size = self.draft.step.bytes(encoded)
+                inputs.append(self._source(encoded, size, owned=True))
+        inputs += [self.place[self.draft.step.roots[r]] for r in how.reads]
+        (self.place[node],) = self.draft._add_fragment(self.ops, how.decode, inputs, set())
+        self.order.append(move)

@@ -1,0 +1,205 @@
+"""What was decided, read off the drafts: the rows of a report."""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from collections.abc import Sequence
+
+from torch import fx
+
+from memcompile.analysis.ops import op_name
+from memcompile.analysis.timeline import Kind, Timeline
+from memcompile.contract import Proposal
+from memcompile.draft import Drafted
+from memcompile.report import MoveRow, Point, ValueRow
+from memcompile.split import Split
+from memcompile.step import Step, source_line, tensors
+from memcompile.symbolic import peak_expression
+
+LARGEST = 10
+
+
+@dataclasses.dataclass
+class Explained:
+    """The part of a report that is known when a graph has been planned."""
+
+    before: int
+    budget: int | None
+    inductor: int
+    predicted: int
+    lowered: int
+    floor: int | None
+    seconds: float
+    step_seconds: float
+    peak_expression: str
+    moves: tuple[MoveRow, ...]
+    largest: tuple[ValueRow, ...]
+    timeline_before: tuple[Point, ...]
+    timeline_after: tuple[Point, ...]
+    graph_before: str
+    forward: str
+    backward: str
+    planning_seconds: float = 0.0
+
+
+def explain(
+    *,
+    step: Step,
+    before: Drafted,
+    after: Drafted,
+    proposals: Sequence[Proposal],
+    budget: int | None,
+    inductor: int,
+    lowered: int,
+    floor: int | None,
+    split: Split | None,
+) -> Explained:
+    """Collect everything a report says of one graph."""
+    return Explained(
+        before=step.input_bytes(),
+        budget=budget,
+        inductor=inductor,
+        predicted=after.peak,
+        lowered=lowered,
+        floor=floor,
+        seconds=after.seconds - before.seconds,
+        step_seconds=before.seconds,
+        peak_expression=str(peak_expression(step, after)) if step.dynamic else "",
+        moves=tuple(_moves(step, before, after, proposals)),
+        largest=tuple(_largest(step, after)),
+        timeline_before=_points(step, before),
+        timeline_after=_points(step, after) if after is not before else (),
+        graph_before=_text(step.module),
+        forward=_text(split.forward) if split else "",
+        backward=_text(split.backward) if split else "",
+    )
+
+
+def _text(module: fx.GraphModule) -> str:
+    return str(module.print_readable(print_output=False))
+
+
+def _moves(
+    step: Step, before: Drafted, after: Drafted, proposals: Sequence[Proposal]
+) -> list[MoveRow]:
+    """Values stored before and not after are moved; the other way round they are kept."""
+    owner = {p.value: p.by for p in proposals if p.rebuild is None}
+    was, now = set(before.saved), set(after.saved)
+    rows = []
+    per_copy = _copy_seconds(before, after)
+    for node in before.saved:
+        if node in now:
+            continue
+        other = after.plan.rebuilt.get(node)
+        by, how = (other.by, other.how) if other else (owner.get(node, "?"), "recompute")
+        seconds = per_copy.get(node, 0.0)
+        rows.append(MoveRow(by, node.name, how, source_line(node), step.bytes(node), seconds))
+    for node in after.saved:
+        if node not in was:
+            gain = -per_copy.get(node, 0.0)
+            rows.append(
+                MoveRow("planner", node.name, "keep", source_line(node), -step.bytes(node), gain)
+            )
+    return rows
+
+
+def _copy_seconds(before: Drafted, after: Drafted) -> dict[fx.Node, float]:
+    """Predicted seconds of each op that one backward computes itself."""
+    seconds: dict[fx.Node, float] = {}
+    for line in (before.backward, after.backward):
+        for place, op in enumerate(line.ops):
+            if op.kind != Kind.SOURCE:
+                seconds[op.node] = max(line.real.seconds[place], op.seconds)
+    return seconds
+
+
+def _largest(step: Step, drafted: Drafted) -> list[ValueRow]:
+    line = max((drafted.forward, drafted.backward), key=lambda t: t.peak)
+    if not line.ops:
+        return []
+    kinds = _Kinds(step, drafted, line is drafted.forward)
+    alive = [j for j in line.alive(line.at) if line.ops[j].bytes]
+    rows = []
+    for j in heapq.nlargest(LARGEST, alive, key=lambda j: line.ops[j].bytes):
+        op = line.ops[j]
+        shape, dtype = _shape(op.node)
+        rows.append(
+            ValueRow(
+                op.node.name, op_name(op.node), source_line(op.node), shape, dtype,
+                op.bytes, kinds.of(line, j),
+            )
+        )
+    return rows
+
+
+def _shape(node: fx.Node) -> tuple[tuple[int | str, ...], str]:
+    found = tensors(node)
+    if not found:
+        return (), ""
+    shape = tuple(s if isinstance(s, int) else str(s) for s in found[0].shape)
+    return shape, str(found[0].dtype).removeprefix("torch.")
+
+
+class _Kinds:
+    """Which of the report's kinds an op's bytes belong to."""
+
+    def __init__(self, step: Step, drafted: Drafted, forward: bool) -> None:
+        self.step, self.forward = step, forward
+        self.saved = set(drafted.saved) | set(drafted.stored)
+        self.outputs = {step.roots[n] for n in step.node_outputs()}
+
+    def of(self, line: Timeline, place: int) -> str:
+        op = line.ops[place]
+        if op.node in self.saved:
+            return "saved"
+        if self.forward:
+            return "outputs" if op.node in self.outputs else "temporaries"
+        if op.keep:
+            return "gradients"
+        return "inputs" if op.kind == Kind.SOURCE else "temporaries"
+
+
+def _points(step: Step, drafted: Drafted) -> tuple[Point, ...]:
+    static = step.static_bytes()
+    fixed = {"parameters": static, "inputs": step.input_bytes() - static}
+    points: list[Point] = []
+    for side, line in (("forward", drafted.forward), ("backward", drafted.backward)):
+        kinds = _Kinds(step, drafted, side == "forward")
+        points.extend(_side_points(side, line, kinds, fixed))
+    return tuple(points)
+
+
+def _side_points(
+    side: str, line: Timeline, kinds: _Kinds, fixed: dict[str, int]
+) -> list[Point]:
+    """Sweep one side: a running total by kind, and the largest alive at each real op."""
+    ops, n = line.ops, len(line.ops)
+    dies: list[list[int]] = [[] for _ in range(n + 1)]
+    alive: dict[int, None] = {}
+    total = dict(fixed)
+    kind = {}
+    for j, op in enumerate(ops):
+        if not line.real.real[j] or not op.bytes:
+            continue
+        kind[j] = kinds.of(line, j)
+        if op.kind == Kind.SOURCE:
+            alive[j] = None
+            total[kind[j]] = total.get(kind[j], 0) + op.bytes
+        if line.last[j] < n:
+            dies[max(line.last[j], 0)].append(j)
+    points = []
+    for j, op in enumerate(ops):
+        if op.kind != Kind.SOURCE and line.real.real[j]:
+            if op.bytes:
+                alive[j] = None
+                total[kind[j]] = total.get(kind[j], 0) + op.bytes
+            top = heapq.nlargest(5, alive, key=lambda i: ops[i].bytes)
+            largest = tuple((ops[i].node.name, ops[i].bytes) for i in top)
+            live = {k: b for k, b in total.items() if b}
+            points.append(Point(op.node.name, source_line(op.node), side, live, largest))
+        for dead in dies[j]:
+            if dead in alive:
+                del alive[dead]
+                total[kind[dead]] -= ops[dead].bytes
+    return points

@@ -1,0 +1,129 @@
+"""Run passes in order, check what each did to the graph, and record it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from memcompile.contract import Context, Pass, Proposal, Proposer, Rewrite
+from memcompile.errors import PassError
+from memcompile.registry import source_key, spell
+from memcompile.report import Ran
+from memcompile.step import Step
+
+
+class Pipeline:
+    """The user's passes, as configured."""
+
+    def __init__(self, passes: Sequence[Pass], context: Context) -> None:
+        self.passes, self.context = list(passes), context
+        self.ran: list[Ran] = []
+
+    def key(self) -> str:
+        """Covers each pass's options and source."""
+        return ";".join(source_key(each) for each in self.passes)
+
+    def rewrite(self, module: fx.GraphModule) -> bool:
+        """Run every rewrite on ``module``. One that fails leaves the graph as it was.
+
+        Raises:
+            PassError: under ``strict``, what otherwise becomes a note in the report.
+        """
+        changed = False
+        for each in self.passes:
+            if isinstance(each, Rewrite):
+                changed |= self._rewrite(each, module)
+        return changed
+
+    def _rewrite(self, each: Rewrite, module: fx.GraphModule) -> bool:
+        original = module.graph
+        before = fingerprint(original)
+        outputs = output_types(original)
+        module.graph = copy.deepcopy(original)
+        try:
+            claimed = each.rewrite(module, self.context)
+            module.graph.lint()
+            module.recompile()
+            changed = fingerprint(module.graph) != before
+            problem = _broken(module.graph, outputs, claimed, changed)
+        except Exception as error:  # a stranger's code may raise anything
+            problem, changed = f"raised {type(error).__name__}: {error}", False
+        if problem is None and changed:
+            self._record(each, True)
+            return True
+        module.graph = original
+        module.recompile()
+        self._record(each, False, problem or "")
+        return False
+
+    def propose(self, step: Step) -> list[Proposal]:
+        """Every proposer's moves on ``step``, those of an inexact pass included."""
+        found: list[Proposal] = []
+        early = step.sides.early
+        for each in self.passes:
+            if not isinstance(each, Proposer):
+                continue
+            offered: list[Proposal] = []
+            try:
+                for proposal in each.propose(step, self.context):
+                    if proposal.value not in early or step.roots[proposal.value] is not proposal.value:
+                        raise PassError(
+                            f"proposes node {proposal.value.name}, which is not an early value "
+                            "that owns its memory; offer nodes of step.early_values()"
+                        )
+                    offered.append(Proposal(proposal.value, proposal.how, proposal.rebuild, spell(each)))
+            except Exception as error:  # a stranger's code may raise anything
+                self._record(each, False, f"raised {type(error).__name__}: {error}")
+                continue
+            found.extend(offered)
+            self._record(each, False, f"offered {len(offered)} moves")
+        return found
+
+    def _record(self, each: Pass, changed: bool, note: str = "") -> None:
+        self.ran.append(Ran(spell(each), each.exactness, changed, note))
+        failed = note and not note.startswith("offered")
+        if failed and self.context.strict:
+            raise PassError(f"pass {spell(each)} {note}")
+
+
+def fingerprint(graph: fx.Graph) -> list[tuple[object, ...]]:
+    """Equal for graphs that compute the same thing in the same order."""
+    number = {node: place for place, node in enumerate(graph.nodes)}
+
+    def shown(arg: object) -> str:
+        return repr(fx.node.map_arg(arg, lambda node: f"%{number[node]}"))  # type: ignore[arg-type]
+
+    return [(n.op, str(n.target), shown(n.args), shown(n.kwargs)) for n in graph.nodes]
+
+
+def output_types(graph: fx.Graph) -> list[object]:
+    """Dtype and shape of each output, ``None`` for what is no tensor."""
+    (output,) = graph.find_nodes(op="output")
+    leaves = torch.utils._pytree.tree_leaves(output.args)
+    types: list[object] = []
+    for leaf in leaves:
+        value = leaf.meta.get("val") if isinstance(leaf, fx.Node) else None
+        known = isinstance(value, torch.Tensor)
+        types.append((value.dtype, tuple(map(str, value.shape))) if known else None)
+    return types
+
+
+def _broken(
+    graph: fx.Graph, outputs: list[object], claimed: bool, changed: bool
+) -> str | None:
+    """What a rewrite did wrong, or ``None``."""
+    if claimed is not True and claimed is not False:
+        return f"returned {claimed!r}; a rewrite returns True when it changed the graph, else False"
+    if changed and not claimed:
+        return "changed the graph and returned False; return True when anything changed"
+    if claimed and not changed:
+        return "returned True and changed nothing; return False when nothing changed"
+    for node in graph.nodes:
+        if node.op == "call_function" and "val" not in node.meta and node.users:
+            return f"left node {node.name} without meta['val']; give each new node its fake value"
+    if output_types(graph) != outputs:
+        return "changed the number, dtype or shape of the graph's outputs"
+    return None

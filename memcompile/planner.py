@@ -1,0 +1,402 @@
+"""Choose moves under the budget: the ladder.
+
+The planner knows no pass. It has candidates (early values that may be rebuilt late)
+and a draft that says what a plan costs. Several walks, from Inductor's own split down
+and from segment checkpoints up, leave rungs: plans that no other plan beats in both
+peak and seconds. The plan for a budget is the cheapest rung that fits, so a lower
+budget never gets a higher peak. Limits are counted in drafts, never in wall clock, so
+the same step always gets the same ladder.
+
+Segments: Chen et al. 2016, §3; greedy by bytes a second: cf. Kirisame et al. 2021
+(Dynamic Tensor Rematerialization), §3.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from torch import fx
+
+from memcompile.analysis.timeline import Kind
+from memcompile.contract import Proposal
+from memcompile.draft import Draft, Drafted, Plan
+
+#: Rungs a walk aims for, and drafts in all, by the size of the step.
+STEPS = 40
+
+
+def draft_limit(nodes: int) -> int:
+    """How many drafts planning may cost: about ten seconds for a thousand nodes, at most."""
+    return max(260, min(4000, 150_000 // max(nodes, 1)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rung:
+    """One plan of the ladder."""
+
+    peak: int  #: total bytes
+    seconds: float  #: of the whole step
+    plan: Plan
+
+
+class Ladder:
+    """Plans none of which another beats: peaks fall as seconds rise."""
+
+    def __init__(self) -> None:
+        self.rungs: list[Rung] = []
+
+    def offer(self, rung: Rung) -> bool:
+        """Add a rung unless one is at least as good in both; drop those it beats."""
+        place = bisect.bisect_right(self.rungs, rung.peak, key=lambda r: r.peak)
+        if place and self.rungs[place - 1].seconds <= rung.seconds:
+            return False
+        start = place
+        if start and self.rungs[start - 1].peak == rung.peak:
+            start -= 1
+        stop = start
+        while stop < len(self.rungs) and self.rungs[stop].seconds >= rung.seconds:
+            stop += 1
+        self.rungs[start:stop] = [rung]
+        return True
+
+    def fit(self, budget: int) -> Rung | None:
+        """The cheapest rung whose peak is at most ``budget`` bytes."""
+        place = bisect.bisect_right(self.rungs, budget, key=lambda r: r.peak)
+        return self.rungs[place - 1] if place else None
+
+    @property
+    def floor(self) -> Rung:
+        """The rung of the least peak."""
+        return self.rungs[0]
+
+
+class Planner:
+    """Builds the ladder of one step.
+
+    Args:
+        draft: what a plan costs.
+        ground: the plan to start from (Inductor's own split).
+        proposals: the moves that passes offer.
+        bound: values the user has tagged to be recomputed; they are never kept.
+    """
+
+    def __init__(
+        self,
+        draft: Draft,
+        ground: Plan,
+        proposals: Sequence[Proposal],
+        bound: frozenset[fx.Node] = frozenset(),
+    ) -> None:
+        self.draft, self.ground, self.bound = draft, ground, bound
+        self.limit = draft_limit(len(draft.step.nodes))
+        self.again: dict[fx.Node, None] = {}
+        self.others: dict[fx.Node, list[Proposal]] = {}
+        for proposal in proposals:
+            if proposal.rebuild is None:
+                self.again[proposal.value] = None
+            else:
+                self.others.setdefault(proposal.value, []).append(proposal)
+        self.candidates = [
+            v for v in self.again if draft.info[v].bytes > 0 and v not in bound
+        ]
+        self.is_candidate = frozenset(self.candidates)
+        self.ladder = Ladder()
+        self.seen: dict[object, Drafted] = {}
+        self.drafts = 0
+
+    # -- the walks ------------------------------------------------------------------
+
+    def build(self) -> Ladder:
+        """All walks, merged into one ladder."""
+        self._try(self.ground)
+        self._walk_down(self.ground, self.limit // 3)
+        seeds = self._segment_seeds()
+        for number, seed in enumerate(seeds):
+            left = self.limit - self.drafts
+            share = left // (2 * (len(seeds) - number) + 1)
+            self._walk_down(seed, share // 2)
+            self._walk_up(seed, share)
+        self._polish()
+        return self.ladder
+
+    @property
+    def ground_draft(self) -> Drafted:
+        """The draft of the plan the planner starts from."""
+        return self._try(self.ground)
+
+    def drafted(self, plan: Plan) -> Drafted:
+        """The draft of any plan of the ladder."""
+        return self._try(plan)
+
+    @property
+    def left(self) -> bool:
+        """Whether any drafts are left."""
+        return self.drafts < self.limit
+
+    def _try(self, plan: Plan) -> Drafted:
+        key = plan.key()
+        drafted = self.seen.get(key)
+        if drafted is None:
+            drafted = self.draft.under(plan)
+            self.drafts += 1
+            self.seen[key] = drafted
+            self.ladder.offer(Rung(drafted.peak, drafted.seconds, plan))
+        return drafted
+
+    def _walk_down(self, plan: Plan, drafts: int) -> None:
+        """Drop what frees most bytes a second at the peak, until nothing lowers it."""
+        stop = min(self.limit, self.drafts + drafts)
+        now = self._try(plan)
+        span = max(1, now.peak - self.draft.before)
+        stride = max(1, span // STEPS)
+        while self.drafts < stop:
+            options = self._drops(now)
+            if not options:
+                return
+            better = self._first_lower(now, options, stride, stop)
+            if better is None:
+                return
+            now = better
+
+    def _first_lower(
+        self, now: Drafted, options: list[_Drop], stride: int, stop: int
+    ) -> Drafted | None:
+        """Accept several drops at once; where that does not lower the peak, fewer."""
+        batch, freed = 0, 0
+        while batch < len(options) and freed < stride:
+            freed += options[batch].bytes
+            batch += 1
+        while batch >= 1 and self.drafts < stop:
+            new = self._try(_without(now.plan, options[:batch]))
+            if new.peak < now.peak:
+                return new
+            batch //= 2
+        for option in options[1:9]:
+            if self.drafts >= stop:
+                return None
+            new = self._try(_without(now.plan, [option]))
+            if new.peak < now.peak:
+                return new
+        # What is alive at the peak for others' sake: drop everything offered at once.
+        if self.drafts < stop and len(options) > 1:
+            new = self._try(_without(now.plan, options))
+            if new.peak < now.peak:
+                return new
+        return None
+
+    def _walk_up(self, plan: Plan, drafts: int) -> None:
+        """Keep again what saves most seconds a byte, until nothing runs twice."""
+        stop = min(self.limit, self.drafts + drafts)
+        now = self._try(plan)
+        top = self.seen[self.ground.key()].peak
+        stride = max(1, (top - now.peak) // STEPS)
+        while self.drafts < stop and now.peak < top:
+            options = self._keeps(now)
+            if not options:
+                return
+            batch, added = 0, 0
+            while batch < len(options) and added < stride:
+                added += options[batch][0]
+                batch += 1
+            new = self._try(_keeping(now.plan, [v for _, v in options[:batch]]))
+            if new.plan.key() == now.plan.key():
+                return
+            now = new
+
+    def _polish(self) -> None:
+        """Improve the ladder's own rungs by one keep or one drop at a time."""
+        done: set[object] = set()
+        few = len(self.candidates) <= 16
+        while self.left:
+            todo = [r for r in self.ladder.rungs if r.plan.key() not in done]
+            if not todo:
+                return
+            # Spread over the ladder rather than start at one end.
+            for rung in todo[:: max(1, len(todo) // 12)]:
+                done.add(rung.plan.key())
+                self._neighbours(rung, 10_000 if few else 6)
+                if not self.left:
+                    return
+
+    def _neighbours(self, rung: Rung, most: int) -> None:
+        now = self._try(rung.plan)
+        drops = self._drops(now, every=most > 100)
+        keeps = self._keeps(now)
+        for option in drops[:most]:
+            if not self.left:
+                return
+            self._try(_without(now.plan, [option]))
+        for _, value in keeps[:most]:
+            if not self.left:
+                return
+            self._try(_keeping(now.plan, [value]))
+        if most > 100:
+            for option in drops:
+                for _, value in keeps:
+                    if not self.left:
+                        return
+                    self._try(_keeping(_without(now.plan, [option]), [value]))
+
+    # -- options --------------------------------------------------------------------
+
+    def _drops(self, now: Drafted, every: bool = False) -> list[_Drop]:
+        """Ways to free a value stored at the peak, best bytes a second first."""
+        stored = frozenset(now.saved)
+        at_peak = stored if every else self._stored_at_peak(now)
+        copies = frozenset(now.copies)
+        options = []
+        for value in now.saved:
+            if value not in at_peak:
+                continue
+            size = self.draft.info[value].bytes
+            if value in self.again and size:
+                seconds = self._chain_seconds(value, stored, copies)
+                options.append(_Drop(value, None, size, seconds))
+            for other in self.others.get(value, ()):
+                if other.rebuild is None:
+                    continue
+                kept = _encoded_bytes(self.draft, other)
+                if kept < size:
+                    seconds = 4 * size / self.draft.rates.memory
+                    options.append(_Drop(value, other, size - kept, seconds))
+        order = self.draft.step.order
+        options.sort(key=lambda o: (-o.bytes / (o.seconds + 1e-9), order[o.value]))
+        return options
+
+    def _stored_at_peak(self, now: Drafted) -> frozenset[fx.Node]:
+        if now.backward.peak >= now.forward.peak:
+            line = now.backward
+            return frozenset(
+                line.ops[j].node
+                for j in line.alive(line.at)
+                if line.ops[j].kind == Kind.SOURCE and line.ops[j].bytes
+            )
+        line = now.forward
+        return frozenset(line.ops[j].node for j in line.alive(line.at) if line.ops[j].keep)
+
+    def _chain_seconds(
+        self, value: fx.Node, stored: frozenset[fx.Node], copies: frozenset[fx.Node]
+    ) -> float:
+        """Seconds to run ``value`` again, with all on the way that does not run already."""
+        info, early = self.draft.info, self.draft.step.sides.early
+        memory = self.draft.rates.memory
+        total, stack, seen = 0.0, [value], set()
+        while stack:
+            node = stack.pop()
+            if node in seen or node not in early:
+                continue
+            seen.add(node)
+            what = info[node]
+            if what.kind == Kind.SOURCE:
+                continue
+            if node is not value and (node in stored or node in copies):
+                continue
+            moved = what.bytes if what.kind == Kind.POINTWISE else 2 * what.bytes
+            total += max(what.seconds, moved / memory)
+            if node is not value and node not in self.again:
+                continue  # it would be stored instead
+            stack.extend(what.inputs)
+        return total
+
+    def _keeps(self, now: Drafted) -> list[tuple[int, fx.Node]]:
+        """Values that run twice and could be kept, most seconds saved a byte first."""
+        info, memory = self.draft.info, self.draft.rates.memory
+        scored = []
+        for node in dict.fromkeys((*now.copies, *now.plan.rebuilt)):
+            if node not in self.is_candidate and node not in now.plan.rebuilt:
+                continue
+            what = info[node]
+            moved = what.bytes if what.kind == Kind.POINTWISE else 2 * what.bytes
+            gain = max(what.seconds, moved / memory) + self.draft.rates.launch
+            scored.append((gain / what.bytes, what.bytes, node))
+        order = self.draft.step.order
+        scored.sort(key=lambda s: (-s[0], order[s[2]]))
+        return [(size, node) for _, size, node in scored]
+
+    # -- seeds ----------------------------------------------------------------------
+
+    def _segment_seeds(self) -> list[Plan]:
+        """Keep only what crosses narrow places of the forward; recompute the rest."""
+        cuts = self._narrow_cuts()
+        seeds, taken = [], set()
+        for every in (1, 2, 3, 4, 6, 8):
+            chosen = cuts[::every]
+            kept = frozenset().union(*chosen) if chosen else frozenset()
+            if kept in taken:
+                continue
+            taken.add(kept)
+            seeds.append(Plan(kept))
+        return seeds
+
+    def _narrow_cuts(self) -> list[frozenset[fx.Node]]:
+        """Crossing sets at local minima of the forward's live candidate bytes."""
+        draft = self.draft
+        nodes = [n for n in draft.step.nodes if n in draft._forward_always]
+        last: dict[fx.Node, int] = {}
+        for place, node in enumerate(nodes):
+            for used in draft.info[node].inputs:
+                last[used] = place
+        alive: dict[fx.Node, None] = {}
+        sizes, sets = [], []
+        for place, node in enumerate(nodes):
+            if draft.info[node].bytes and draft.info[node].kind != Kind.SOURCE:
+                alive[node] = None
+            for used in [n for n in draft.info[node].inputs if last.get(n) == place]:
+                alive.pop(used, None)
+            alive_now = frozenset(v for v in alive if last.get(v, -1) > place)
+            sets.append(alive_now)
+            sizes.append(sum(draft.info[v].bytes for v in alive_now))
+        return _minima(sizes, sets, self.is_candidate)
+
+
+def _minima(
+    sizes: list[int], sets: list[frozenset[fx.Node]], allowed: frozenset[fx.Node]
+) -> list[frozenset[fx.Node]]:
+    """The sets at local minima no larger than three quarters of the mean size."""
+    if not sizes:
+        return []
+    mean = sum(sizes) / len(sizes)
+    window = max(2, len(sizes) // 200)
+    found: dict[frozenset[fx.Node], None] = {}
+    for place, size in enumerate(sizes):
+        around = sizes[max(0, place - window) : place + window + 1]
+        if 0 < size == min(around) and size <= 0.75 * mean:
+            found[sets[place] & allowed] = None
+    found.pop(frozenset(), None)
+    return list(found)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Drop:
+    """One way to free a stored value."""
+
+    value: fx.Node
+    other: Proposal | None  #: ``None``: run its op again
+    bytes: int
+    seconds: float
+
+
+def _encoded_bytes(draft: Draft, proposal: Proposal) -> int:
+    how = proposal.rebuild
+    if how is None or how.encode is None:
+        return 0
+    (output,) = how.encode.graph.find_nodes(op="output")
+    return sum(draft.step.bytes(out) for out in output.args[0])
+
+
+def _without(plan: Plan, drops: Iterable[_Drop]) -> Plan:
+    kept, rebuilt = set(plan.kept), dict(plan.rebuilt)
+    for drop in drops:
+        kept.discard(drop.value)
+        rebuilt.pop(drop.value, None)
+        if drop.other is not None:
+            rebuilt[drop.value] = drop.other
+    return Plan(frozenset(kept), rebuilt)
+
+
+def _keeping(plan: Plan, values: Iterable[fx.Node]) -> Plan:
+    values = list(values)
+    rebuilt = {v: p for v, p in plan.rebuilt.items() if v not in values}
+    return Plan(plan.kept | frozenset(values), rebuilt)

@@ -1,0 +1,170 @@
+"""The finished plan, cut into forward and backward graphs.
+
+Nothing is decided here. The draft's order is written out as one joint graph in
+which every recomputation and rebuild is explicit; torch's own extraction then cuts
+it at the values that late readers take from the forward.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import fx
+
+from memcompile import _torch
+from memcompile.contract import Rebuild
+from memcompile.draft import Drafted, Late
+from memcompile.step import Step
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """The two modules a step compiles to."""
+
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+
+
+def inductor_split(step: Step) -> tuple[Split, list[str]]:
+    """Inductor's own split of the step, and the names of the values it saves."""
+    module = _torch.deep_copy(step.module)
+    forward, backward = _torch.min_cut_rematerialization_partition(
+        module,
+        [node.meta["val"] for node in step.placeholders],
+        compiler="inductor",
+        num_fwd_outputs=step.num_outputs,
+        static_lifetime_input_indices=[
+            place for place, node in enumerate(step.primals) if node in step.static
+        ],
+    )
+    (output,) = forward.graph.find_nodes(op="output")
+    saved = [n.name for n in output.args[0][step.num_outputs :] if isinstance(n, fx.Node)]
+    return Split(forward, backward), saved
+
+
+def split(step: Step, drafted: Drafted) -> Split:
+    """Cut the step as ``drafted`` says."""
+    writer = _Writer(step, drafted)
+    joint, saved, symbols = writer.write()
+    forward, backward = _torch.extract_modules(
+        joint,
+        saved,
+        saved_sym_nodes=symbols,
+        num_fwd_outputs=step.num_outputs,
+        static_lifetime_input_nodes=None,
+    )
+    forward = _torch.thread_graphsafe_rng_from_hops(
+        _torch.raise_getitems(forward), is_backward=False
+    )
+    backward = _torch.thread_graphsafe_rng_from_hops(
+        _torch.raise_getitems(backward), is_backward=True
+    )
+    return Split(forward, backward)
+
+
+class _Writer:
+    """Writes the joint graph of a draft."""
+
+    def __init__(self, step: Step, drafted: Drafted) -> None:
+        self.step, self.drafted = step, drafted
+        self.graph = fx.Graph()
+        self.early: dict[fx.Node, fx.Node] = {}
+        self.late: dict[fx.Node, fx.Node] = {}
+        self.encoded: dict[fx.Node, fx.Node] = {}
+        self.saved: dict[fx.Node, None] = {}
+        self.symbols: dict[fx.Node, None] = {}
+        self.kept = frozenset(drafted.saved)
+
+    def write(self) -> tuple[fx.GraphModule, list[fx.Node], list[fx.Node]]:
+        """The joint module, the values stored for the backward, the symbols stored."""
+        self._write_early()
+        for item in self.drafted.late:
+            if isinstance(item, Late):
+                self._copy_late(item.node)
+            else:
+                assert item.rebuild is not None
+                self.late[item.value] = self._decode(item.rebuild)
+        outputs = [self._output(node) for node in self.step.outputs]
+        gradients = [None if g is None else self.read_late(g) for g in self.step.gradients]
+        output = self.graph.output((*outputs, *gradients))
+        output.meta.update(self.step.output.meta)
+        joint = fx.GraphModule(self.step.module, self.graph)
+        joint.meta.update(self.step.module.meta)
+        return joint, list(self.saved), list(self.symbols)
+
+    def _write_early(self) -> None:
+        rebuilt = self.drafted.plan.rebuilt
+        for node in self.step.nodes:
+            if node.op == "placeholder" or node in self.step.sides.early:
+                self.early[node] = self.graph.node_copy(node, self.early.__getitem__)
+            move = rebuilt.get(node)
+            if move is not None and move.rebuild is not None and move.rebuild.encode is not None:
+                self._inline(move.rebuild.encode, [self.early[node]], self.encoded)
+
+    def _inline(
+        self, module: fx.GraphModule, inputs: list[fx.Node], env: dict[fx.Node, fx.Node]
+    ) -> list[fx.Node]:
+        given = iter(inputs)
+        for node in module.graph.nodes:
+            if node.op == "placeholder":
+                env[node] = next(given)
+            elif node.op == "output":
+                return [env[out] for out in node.args[0]]
+            elif node.op == "get_attr":
+                name = f"_rebuild_{id(module):x}_{node.target}"
+                setattr(self.step.module, name, getattr(module, node.target))
+                env[node] = self.graph.get_attr(name)
+                env[node].meta.update(node.meta)
+            else:
+                env[node] = self.graph.node_copy(node, env.__getitem__)
+        raise AssertionError("a graph ends in an output")
+
+    def _decode(self, how: Rebuild) -> fx.Node:
+        inputs = []
+        if how.encode is not None:
+            (output,) = how.encode.graph.find_nodes(op="output")
+            inputs = [self.encoded[out] for out in output.args[0]]
+            self.saved.update(dict.fromkeys(inputs))
+        inputs += [self.read_late(read) for read in how.reads]
+        (result,) = self._inline(how.decode, inputs, {})
+        return result
+
+    def _copy_late(self, node: fx.Node) -> fx.Node:
+        if node in self.late:
+            return self.late[node]
+        new = self.graph.node_copy(node, self.read_late)
+        if node in self.step.sides.early:
+            new.meta = {**new.meta, "partitioner_tag": "is_backward"}
+            new.meta.pop("recompute", None)
+        self.late[node] = new
+        return new
+
+    def read_late(self, node: fx.Node) -> fx.Node:
+        """What a late reader of ``node`` reads, written on demand."""
+        if node in self.late:
+            return self.late[node]
+        if node.op == "get_attr":
+            return self.early[node]
+        if node.op == "placeholder":
+            if node not in self.step.tangents:
+                stored = self.symbols if _is_symbol(node) else self.saved
+                stored[self.early[node]] = None
+            return self.early[node]
+        if node in self.step.sides.early:
+            if isinstance(node.meta.get("val"), torch.SymInt):
+                self.symbols[self.early[node]] = None
+                return self.early[node]
+            if node in self.kept:
+                self.saved[self.early[node]] = None
+                return self.early[node]
+        return self._copy_late(node)
+
+    def _output(self, node: fx.Node | None) -> fx.Node | None:
+        if node is None:
+            return None
+        return self.early[node] if node in self.early else self.read_late(node)
+
+
+def _is_symbol(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.SymInt)

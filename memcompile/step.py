@@ -1,0 +1,236 @@
+"""The step: a joint forward-and-backward graph, its sides and its values.
+
+A :class:`Step` reads a graph and never rewrites it. *Early* nodes can run before
+the backward starts; *late* nodes depend on a tangent (or are pinned to the
+backward). A *root* is the node whose storage a value lives in: views share their
+base's root, so bytes are counted once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.utils._pytree import tree_leaves
+
+from memcompile import _torch
+
+
+def tensors(node: fx.Node) -> list[torch.Tensor]:
+    """The (fake) tensors a node produces: one, several, or none."""
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [leaf for leaf in value if isinstance(leaf, torch.Tensor)]
+    return []
+
+
+def hint(size: Any) -> int:
+    """The integer a size has in this trace: itself, or a symbolic size's hint."""
+    return int(size) if isinstance(size, int) else _torch.size_hint(size)
+
+
+def size_expr(size: Any) -> sympy.Expr:
+    """A size as a sympy expression (an ``Integer`` when it is not symbolic)."""
+    return sympy.Integer(size) if isinstance(size, int) else _torch.size_expr(size)
+
+
+def tensor_size(tensor: torch.Tensor) -> Any:
+    """Bytes of a tensor laid out densely: an ``int`` or a ``SymInt``.
+
+    Sparse tensors count their indices and values.
+    """
+    if tensor.layout != torch.strided:
+        parts = _torch.sparse_parts(tensor)
+        return sum((part.numel() * part.element_size() for part in parts), 0)
+    return tensor.numel() * tensor.element_size()
+
+
+def source_line(node: fx.Node) -> str:
+    """``"model.py:41 in forward"``: the user's innermost line, or ``""``."""
+    trace = node.meta.get("stack_trace") or ""
+    frames = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
+    if not frames:
+        return ""
+    own = [frame for frame in frames if "/torch/" not in frame.replace("\\", "/")] or frames
+    try:
+        path, line, where = own[-1].removeprefix("File ").split(", ", 2)
+    except ValueError:
+        return own[-1]
+    name = path.strip('"').replace("\\", "/").rsplit("/", 1)[-1]
+    return f"{name}:{line.removeprefix('line ')} {where}"
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether the node's tensor shares its first argument's storage."""
+    target = node.target
+    if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
+        return False
+    if target is operator.getitem:
+        base = node.args[0]
+        return isinstance(base, fx.Node) and _splits_views(base)
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if target in _torch.UNANNOTATED_VIEWS:
+        return True
+    returns = target._schema.returns
+    alias = returns[0].alias_info if len(returns) == 1 else None
+    return alias is not None and not alias.is_write and bool(node.args)
+
+
+def _splits_views(node: fx.Node) -> bool:
+    """``split`` and friends: a list of views of one tensor."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        return False
+    returns = target._schema.returns
+    return (
+        len(returns) == 1
+        and str(returns[0].type) == "List[Tensor]"
+        and returns[0].alias_info is not None
+    )
+
+
+def view_base(node: fx.Node) -> fx.Node:
+    """What a view is a view of."""
+    base = node.args[0]
+    assert isinstance(base, fx.Node)
+    if node.target is operator.getitem:
+        inner = base.args[0]
+        assert isinstance(inner, fx.Node)
+        return inner
+    return base
+
+
+def must_save(node: fx.Node) -> bool:
+    """Whether the user, or torch on their behalf, bound the value to be saved."""
+    return node.meta.get("recompute") is _torch.CheckpointPolicy.MUST_SAVE
+
+
+def must_recompute(node: fx.Node) -> bool:
+    """Whether a selective checkpoint policy bound the value to be recomputed."""
+    return node.meta.get("recompute") is _torch.CheckpointPolicy.MUST_RECOMPUTE
+
+
+@dataclasses.dataclass(frozen=True)
+class Sides:
+    """Which nodes may run when."""
+
+    early: frozenset[fx.Node]
+    late: frozenset[fx.Node]
+
+
+class Step:
+    """One captured training step: a joint graph with ``num_outputs`` forward outputs.
+
+    Args:
+        module: the joint graph; placeholders are primals then tangents.
+        num_outputs: how many of its outputs the forward returns; the rest are gradients.
+        static_inputs: indices of primals that are parameters or buffers.
+    """
+
+    def __init__(
+        self, module: fx.GraphModule, num_outputs: int, static_inputs: Sequence[int] = ()
+    ) -> None:
+        self.module = module
+        self.graph = module.graph
+        self.num_outputs = num_outputs
+        self.nodes: list[fx.Node] = list(self.graph.nodes)
+        self.order = {node: place for place, node in enumerate(self.nodes)}
+        (self.output,) = self.graph.find_nodes(op="output")
+        outputs = tree_leaves(self.output.args)
+        self.outputs: list[fx.Node | None] = [_node_or_none(o) for o in outputs[:num_outputs]]
+        self.gradients: list[fx.Node | None] = [_node_or_none(o) for o in outputs[num_outputs:]]
+        self.placeholders = [n for n in self.nodes if n.op == "placeholder"]
+        self.tangents = [n for n in self.placeholders if _torch.is_tangent(n)]
+        self.primals = [n for n in self.placeholders if not _torch.is_tangent(n)]
+        self.static = frozenset(self.primals[i] for i in static_inputs if i < len(self.primals))
+        self.sides = self._find_sides()
+
+    def _find_sides(self) -> Sides:
+        late: set[fx.Node] = set()
+        for node in self.nodes:
+            if node.op == "output":
+                continue
+            if (
+                node in self.tangents
+                or _torch.must_be_in_backward(node)
+                or any(arg in late for arg in node.all_input_nodes)
+            ):
+                late.add(node)
+        # What the forward returns runs early, whatever it depends on.
+        early = set(self.nodes) - late - {self.output}
+        return Sides(frozenset(early), frozenset(late))
+
+    @functools.cached_property
+    def roots(self) -> dict[fx.Node, fx.Node]:
+        """Every tensor-valued node's storage root."""
+        roots: dict[fx.Node, fx.Node] = {}
+        for node in self.nodes:
+            roots[node] = roots[view_base(node)] if is_view(node) else node
+        return roots
+
+    def early_values(self) -> list[fx.Node]:
+        """Early nodes that own memory (or are tuples of such), in order."""
+        return [
+            node
+            for node in self.nodes
+            if node in self.sides.early
+            and node.op == "call_function"
+            and self.roots[node] is node
+            and tensors(node)
+        ]
+
+    def bytes(self, node: fx.Node) -> int:
+        """Bytes of the tensors a node produces, at hinted sizes. Views count as whole."""
+        return self._bytes(node)
+
+    @functools.cached_property
+    def _bytes(self) -> Any:
+        return functools.cache(lambda node: sum(hint(tensor_size(t)) for t in tensors(node)))
+
+    def bytes_expr(self, node: fx.Node) -> sympy.Expr:
+        """Bytes of the tensors a node produces, symbolic sizes kept."""
+        return sympy.Add(*(size_expr(tensor_size(t)) for t in tensors(node)))
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether any size in the step is symbolic."""
+        return any(_torch.is_symbolic(node.meta.get("val")) for node in self.placeholders)
+
+    def input_bytes(self) -> int:
+        """Bytes of primals, each storage once: what lives before the step."""
+        return _unique_bytes(self.primals)
+
+    def static_bytes(self) -> int:
+        """The part of :meth:`input_bytes` that is parameters and buffers."""
+        return _unique_bytes([p for p in self.primals if p in self.static])
+
+    def node_outputs(self) -> Iterator[fx.Node]:
+        """The forward's outputs that are nodes."""
+        return (o for o in self.outputs if o is not None)
+
+    def gradient_nodes(self) -> Iterator[fx.Node]:
+        """The backward's outputs that are nodes."""
+        return (g for g in self.gradients if g is not None)
+
+
+def _node_or_none(value: Any) -> fx.Node | None:
+    return value if isinstance(value, fx.Node) else None
+
+
+def _unique_bytes(nodes: Iterable[fx.Node]) -> int:
+    """Bytes of the nodes' tensors; tied or aliased inputs share a fake storage."""
+    seen: dict[Any, int] = {}
+    for node in nodes:
+        for tensor in tensors(node):
+            key = _torch.storage_key(tensor)
+            seen[key] = max(seen.get(key, 0), hint(tensor_size(tensor)))
+    return sum(seen.values())
