@@ -434,16 +434,20 @@ def compare(args: argparse.Namespace) -> None:
 
     import memcompile
 
-    # Compiled dropout then draws what eager draws, so the losses can be compared.
-    torch._inductor.config.fallback_random = True
-
+    # Compiled dropout draws what eager draws, so that the losses can be compared.
+    random = {"fallback_random": True}
     task = build(args.blocks, args.c_m, args.c_z, args.heads, args.width, args.c_outer)
     task.to(args.device)
     compilers: dict[str, Callable[[nn.Module], Callable[..., Tensor]]] = {
         "eager": lambda model: model,
-        "Inductor": lambda model: torch.compile(model, backend="inductor", fullgraph=True),
-        "memopt": lambda model: torch.compile(
-            model, backend="memopt", fullgraph=True, options={"budget": args.budget}
+        "Inductor": functools.partial(
+            torch.compile, backend="inductor", fullgraph=True, options=random
+        ),
+        "memopt": functools.partial(
+            torch.compile,
+            backend="memopt",
+            fullgraph=True,
+            options={"budget": args.budget, "inductor": random},
         ),
     }
     sides = []
@@ -466,8 +470,8 @@ def compare(args: argparse.Namespace) -> None:
                 progress.advance(bar)
         for side in sides:
             progress.update(bar, description=f"measuring {side.name}")
-            step = functools.partial(side.differentiate, inputs)
-            side.peak = memcompile.measure_peak(step).bytes
+            peak = memcompile.measure_peak(side.differentiate, inputs, warmup=0, device=args.device)
+            side.peak = peak.bytes
             progress.advance(bar)
 
     report = memcompile.reports()[-1]

@@ -1,7 +1,8 @@
 """Every private name of torch this project uses, imported here and nowhere else.
 
-Checked on torch 2.13.0 (CPU) by running; ``tests/test_house.py`` imports each name.
-When a release moves something, this file is what to mend.
+Checked by running on torch 2.13.0 (CPU), and by reading against the sources of 2.11.0
+and 2.12.0: where they differ, a comment names the release. ``tests/test_house.py``
+imports each name. When a release moves something, this file is what to mend.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -47,6 +49,7 @@ from torch._functorch.partitioners import (
     reordering_to_mimic_autograd_engine as reorder_backward,
 )
 from torch._guards import TracingContext, detect_fake_mode
+from torch._inductor import list_mode_options, list_options
 from torch._inductor import compile_fx as inductor_compile_fx
 from torch._inductor.codegen import wrapper as wrapper_lines
 from torch._inductor.compile_fx import (
@@ -56,28 +59,35 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
-from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch._inductor.utils import get_dtype_size
 from torch._inductor.virtualized import V
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.autograd import _profiler_enabled as profiler_enabled
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy
+from torch.utils.flop_counter import flop_registry
 
 __all__ = [
     "CheckpointPolicy",
     "CustomGraphPass",
     "CustomPartitionerFn",
     "GraphLowering",
+    "HigherOrderOperator",
+    "OpOverload",
     "TracingContext",
     "V",
     "aot_autograd",
-    "cache_dir",
     "cleanup_recompute_tags",
     "compile_fx",
     "compile_fx_inner",
-    "disable_dynamo",
+    "default_cache_dir",
     "detect_fake_mode",
+    "disable_dynamo",
     "dynamo_config",
     "extract_modules",
+    "flop_registry",
     "force_save_bw_mutation_src",
     "force_save_collectives",
     "force_save_effectful_ops",
@@ -90,12 +100,16 @@ __all__ = [
     "inductor_config",
     "is_tangent",
     "joint_graph_passes",
+    "list_mode_options",
+    "list_options",
     "min_cut_rematerialization_partition",
     "must_be_in_backward",
+    "profiler_enabled",
     "raise_getitems",
     "reorder_backward",
     "select_decomp_table",
     "thread_graphsafe_rng_from_hops",
+    "tree_leaves",
     "unset_fake_temporarily",
     "wrapper_lines",
 ]
@@ -110,9 +124,9 @@ UNKNOWN_SIZE = 4096
 
 
 def size_hint(size: torch.SymInt) -> int:
-    """The integer a symbolic size had when it was traced."""
-    value = size.node.hint
-    return UNKNOWN_SIZE if value is None else int(value)
+    """The integer a symbolic size had when it was traced, else :data:`UNKNOWN_SIZE`."""
+    value = getattr(size.node, "hint", None)  # a nested int has none, or a symbolic one
+    return int(value) if isinstance(value, int) else UNKNOWN_SIZE
 
 
 def size_expr(size: torch.SymInt) -> sympy.Expr:
@@ -237,14 +251,15 @@ def donated_buffers(
 
 def compiler_config(module: fx.GraphModule) -> Any:
     """What Inductor carries from the forward's compilation to the backward's."""
-    return inductor_compile_fx.create_compiler_config_extra(module)
+    create = inductor_compile_fx.create_compiler_config_extra
+    if "config" in inspect.signature(create).parameters:  # 2.11
+        return create(inductor_config)
+    return create(module)
 
 
 def sizevar_hint(graph: GraphLowering, expression: Any) -> int:
     """The integer a size in a lowered graph stands for."""
-    sizevars = graph.sizevars
-    hint = getattr(sizevars, "optimization_hint", None) or sizevars.size_hint
-    return int(hint(expression, fallback=UNKNOWN_SIZE))
+    return int(graph.sizevars.optimization_hint(expression, fallback=UNKNOWN_SIZE))
 
 
 def hinted(size: Any) -> int:
@@ -264,14 +279,30 @@ def describe(value: Any) -> str:
 
 def mode_patches(mode: str | None) -> dict[str, Any]:
     """Inductor's config for one of ``torch.compile``'s modes."""
-    return dict(torch._inductor.list_mode_options(mode)) if mode else {}
+    return dict(list_mode_options(mode)) if mode else {}
 
 
-def graph_passes(given: Any, ours: Any) -> Any:
+def graph_passes(given: Any, ours: CustomGraphPass) -> CustomGraphPass:
     """A user's own graph passes followed by ours, as Inductor's config takes them."""
     if given is None:
         return ours
-    return [*(given if isinstance(given, (list, tuple)) else [given]), ours]
+    return _Chain([*(given if isinstance(given, (list, tuple)) else [given]), ours])
+
+
+class _Chain(CustomGraphPass):
+    """Several graph passes as one: 2.11 and 2.12 take no list of them."""
+
+    def __init__(self, passes: list[Callable[[fx.Graph], None]]) -> None:
+        self.passes = passes
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for each in self.passes:
+            each(graph)
+
+    def uuid(self) -> Any:
+        """``None``, which turns torch's caches off, when one of the passes has no identity."""
+        ids = [getattr(each, "uuid", lambda: None)() for each in self.passes]
+        return tuple(ids) if all(ids) else None
 
 
 def boxed(gm: fx.GraphModule) -> Callable[..., Any]:
@@ -338,6 +369,12 @@ def real_tensors() -> Iterator[None]:
     """Within the block, ops run on real tensors even while a graph is being compiled."""
     with unset_fake_temporarily(), torch.no_grad(), torch._C._DisableTorchDispatch():
         yield
+
+
+def profiled_tree(prof: torch.profiler.profile) -> list[Any]:
+    """The roots of what a finished profile recorded, allocations among the leaves."""
+    results = prof.profiler.kineto_results if prof.profiler is not None else None
+    return [] if results is None else list(results.experimental_event_tree())
 
 
 def _find_lowered(error: BaseException | None) -> _Lowered | None:

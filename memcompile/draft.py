@@ -51,6 +51,7 @@ class Drafted:
     backward: Timeline
     saved: list[fx.Node]  #: early roots stored for the backward
     stored: list[fx.Node]  #: encoded outputs stored for the backward (rebuild graphs' nodes)
+    early: list[fx.Node]  #: the forward's order, views and unneeded nodes included
     late: list[Late | Proposal]  #: the backward's order, views left out
     seconds: float
 
@@ -182,6 +183,26 @@ class Draft:
         return order
 
     @functools.cached_property
+    def forward_order(self) -> list[fx.Node]:
+        """Early nodes as the forward runs them.
+
+        What only the backward needs stands late in the joint graph; in the forward it
+        runs as soon as its inputs are there, so that they are not held for it.
+        """
+        step = self.step
+        place: dict[fx.Node, tuple[int, int]] = {}
+        for node in step.nodes:
+            if node.op != "placeholder" and node not in step.sides.early:
+                continue
+            own = step.order[node]
+            if node in self._forward_always or node.op != "call_function":
+                place[node] = (own, own)
+            else:
+                inputs = [place[a][0] for a in node.all_input_nodes if a in place]
+                place[node] = (max(inputs, default=own), own)
+        return sorted((n for n in place if n in step.sides.early), key=place.__getitem__)
+
+    @functools.cached_property
     def needed_late(self) -> frozenset[fx.Node]:
         """Early roots that some late node or gradient reads directly."""
         early = self.step.sides.early
@@ -202,7 +223,8 @@ class Draft:
         after = simulate(backward, self.before + returned)
         rate, launch = self.rates.memory, self.rates.launch
         seconds = before.seconds(rate, launch) + after.seconds(rate, launch)
-        return Drafted(plan, before, after, saved, stored, late, seconds)
+        order = self.forward_order
+        return Drafted(plan, before, after, saved, stored, order, late, seconds)
 
     def _draft_forward(
         self, plan: Plan, saved: list[fx.Node], stored: list[fx.Node]
@@ -215,7 +237,7 @@ class Draft:
         stored_set = set(stored)
         place: dict[fx.Node, int] = {}
         ops: list[Op] = []
-        for node in self.step.nodes:
+        for node in self.forward_order:
             if node not in needed:
                 continue
             what = info[node]

@@ -23,13 +23,14 @@ from memcompile.analysis.timeline import Kind
 from memcompile.contract import Proposal
 from memcompile.draft import Draft, Drafted, Plan
 
+debug=False
 #: Rungs a walk aims for, and drafts in all, by the size of the step.
 STEPS = 40
 
 
 def draft_limit(nodes: int) -> int:
-    """How many drafts planning may cost: about ten seconds for a thousand nodes, at most."""
-    return max(260, min(4000, 150_000 // max(nodes, 1)))
+    """How many drafts planning may cost: a draft takes about ten microseconds a node."""
+    return max(500, min(3000, 60_000 // max(nodes, 1)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +115,7 @@ class Planner:
         self._walk_down(self.ground, self.limit // 3)
         seeds = self._segment_seeds()
         for number, seed in enumerate(seeds):
+            debug and print('seed',number,len(seed.kept),(self._try(seed).peak-self.draft.before)/1e6,self._try(seed).seconds)
             left = self.limit - self.drafts
             share = left // (2 * (len(seeds) - number) + 1)
             self._walk_down(seed, share // 2)

@@ -95,8 +95,10 @@ class _Writer:
 
     def _write_early(self) -> None:
         rebuilt = self.drafted.plan.rebuilt
-        for node in self.step.nodes:
-            if node.op == "placeholder" or node in self.step.sides.early:
+        for node in self.step.placeholders:
+            self.early[node] = self.graph.node_copy(node)
+        for node in self.drafted.early:
+            if node.op != "placeholder":
                 self.early[node] = self.graph.node_copy(node, self.early.__getitem__)
             move = rebuilt.get(node)
             if move is not None and move.rebuild is not None and move.rebuild.encode is not None:
