@@ -3,7 +3,20 @@
 ``SUBJECTS[name](scale, dtype=..., device=...)`` builds a :class:`Subject`: model and loss as
 one module, its inputs, and its repeated blocks. Every subject is in training mode, starts
 from random weights that are the same each time, and compiles into one graph.
-``scale="default"`` is for measuring (50-500 MB of activations), ``"small"`` for tests.
+``scale="default"`` is for measuring, ``"small"`` for tests.
+
+Default scale, float32, CPU, torch 2.13: nodes of the joint graph after Inductor's joint
+passes, and step peaks in MB.
+
+=========  =====  =====  ========  =============  ======================
+subject    nodes  eager  Inductor  checkpointed,  checkpointed, Inductor
+                                   eager
+=========  =====  =====  ========  =============  ======================
+evoformer   3100    180       166             97                     110
+llama       2908    218       166             68                      69
+bert        1705    296       204            113                      97
+esmfold     2404    259       251            144                     147
+=========  =====  =====  ========  =============  ======================
 """
 
 from __future__ import annotations
@@ -168,7 +181,7 @@ def llama(
         batch, length, vocabulary = 2, 256, 4096
         model = Llama(16, 256, 8, 688, vocabulary, length)
     else:
-        batch, length, vocabulary = 2, 16, 64
+        batch, length, vocabulary = 2, 64, 64
         model = Llama(3, 32, 2, 88, vocabulary, length)
     tokens = torch.randint(vocabulary, (batch, length + 1)).to(device)
     model.to(device, dtype)
@@ -207,7 +220,7 @@ def bert(
             max_position_embeddings=length,
         )
     else:
-        batch, length, vocabulary = 2, 16, 64
+        batch, length, vocabulary = 2, 64, 64
         config = BertConfig(
             vocab_size=vocabulary,
             hidden_size=32,

@@ -519,7 +519,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--steps", type=int, default=24, help="training steps of each side")
+    parser.add_argument("--steps", type=int, default=16, help="training steps of each side")
     parser.add_argument("--blocks", type=int, default=2, help="Evoformer blocks")
     parser.add_argument("--residues", type=int, default=64, help="residues R of the protein")
     parser.add_argument("--msa", type=int, default=32, help="sequences S of the MSA")

@@ -18,7 +18,6 @@ from unittest import mock
 
 import sympy
 import torch
-import torch._dynamo.config as dynamo_config
 import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 from functorch.compile import min_cut_rematerialization_partition
@@ -41,20 +40,14 @@ from torch._functorch.partitioners import (
     force_save_collectives,
     force_save_effectful_ops,
     has_recomputable_ops,
-    has_recomputable_rng_ops,
     raise_getitems,
     thread_graphsafe_rng_from_hops,
 )
-from torch._functorch.partitioners import (
-    reordering_to_mimic_autograd_engine as reorder_backward,
-)
 from torch._guards import TracingContext, detect_fake_mode
-from torch._inductor import list_mode_options, list_options
 from torch._inductor import compile_fx as inductor_compile_fx
-from torch._inductor.codegen import wrapper as wrapper_lines
-from torch._inductor.compile_fx import (
-    _recursive_joint_graph_passes as joint_graph_passes,
-)
+from torch._inductor import list_mode_options, list_options
+from torch._inductor.codegen.cpp import CppKernelProxy
+from torch._inductor.codegen.cpp_utils import LocalBufferContext
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
@@ -71,10 +64,12 @@ from torch.utils.flop_counter import flop_registry
 
 __all__ = [
     "CheckpointPolicy",
+    "CppKernelProxy",
     "CustomGraphPass",
     "CustomPartitionerFn",
     "GraphLowering",
     "HigherOrderOperator",
+    "LocalBufferContext",
     "OpOverload",
     "TracingContext",
     "V",
@@ -85,7 +80,6 @@ __all__ = [
     "default_cache_dir",
     "detect_fake_mode",
     "disable_dynamo",
-    "dynamo_config",
     "extract_modules",
     "flop_registry",
     "force_save_bw_mutation_src",
@@ -95,23 +89,19 @@ __all__ = [
     "fx_graph_cse",
     "get_dtype_size",
     "has_recomputable_ops",
-    "has_recomputable_rng_ops",
     "inductor_compile_fx",
     "inductor_config",
     "is_tangent",
-    "joint_graph_passes",
     "list_mode_options",
     "list_options",
     "min_cut_rematerialization_partition",
     "must_be_in_backward",
     "profiler_enabled",
     "raise_getitems",
-    "reorder_backward",
     "select_decomp_table",
     "thread_graphsafe_rng_from_hops",
     "tree_leaves",
     "unset_fake_temporarily",
-    "wrapper_lines",
 ]
 
 aten = torch.ops.aten
@@ -166,6 +156,21 @@ def guard_fits(expression: sympy.Basic) -> bool:
     return bool(fake_mode.shape_env.evaluate_expr(expression))
 
 
+_codegen_functions = CppKernelProxy.codegen_functions
+
+
+def _scalar_only(self: CppKernelProxy, *args: Any) -> None:
+    """Write a C++ kernel's scalar form alone.
+
+    It decides which buffers are dropped or written in place; the vector forms that
+    follow are most of the work and decide nothing, except whether the loops of an
+    outer-loop fusion agree, so those are written in full.
+    """
+    if not isinstance(V.local_buffer_context, LocalBufferContext):
+        self.picked_vec_isa = None
+    _codegen_functions(self, *args)
+
+
 def deep_copy(module: fx.GraphModule) -> fx.GraphModule:
     """Copy a module whose constants may be real tensors while fake ones are in use."""
     with unset_fake_temporarily():
@@ -196,6 +201,7 @@ def dry_run(
     uncached = {"fx_graph_cache": False, "fx_graph_remote_cache": False}
     with (
         mock.patch.object(GraphLowering, "compile_to_module", stop),
+        mock.patch.object(CppKernelProxy, "codegen_functions", _scalar_only),
         inductor_config.patch(uncached),
     ):
         try:
@@ -271,9 +277,7 @@ def describe(value: Any) -> str:
     """An example input as text that is equal in every process."""
     if isinstance(value, torch.Tensor):
         stride = value.stride() if value.layout == torch.strided else ()
-        return (
-            f"{value.dtype} {tuple(value.shape)} {stride} {value.device} {value.requires_grad}"
-        )
+        return f"{value.dtype} {tuple(value.shape)} {stride} {value.device} {value.requires_grad}"
     return repr(value)
 
 

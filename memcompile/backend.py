@@ -156,7 +156,8 @@ class _Job:
     def _inner(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
         """Inductor's inner compiler; graphs without a backward are checked on the way."""
         if kwargs.get("is_inference"):
-            self._file(self.compiler.inference(gm), "inference")
+            gm, explained = self.compiler.whole(gm)
+            self._file(explained, "inference")
         return _torch.compile_fx_inner(gm, example_inputs, **kwargs)
 
     def _eager(self) -> Callable[..., Any]:
@@ -165,7 +166,8 @@ class _Job:
 
         def infer(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
             self.pipeline.rewrite(gm)
-            self._file(self.compiler.inference(gm), "inference")
+            gm, explained = self.compiler.whole(gm)
+            self._file(explained, "inference")
             return _torch.boxed(gm)
 
         def partition(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from memcompile.folders import reports_folder
 from memcompile.report import Report
 from memcompile.show import size, text
 
@@ -87,18 +88,12 @@ def _read(path: Path) -> Report:
 # --- reports -----------------------------------------------------------------------------
 
 
-def store() -> Path:
-    """The directory that holds reports, beside what torch caches."""
-    from memcompile.analysis import cost
-
-    return cost.cache_folder() / "reports"
-
-
 def _reports(arguments: argparse.Namespace) -> Iterator[str]:
     """A line for each stored report, the newest first; what cannot be read says so."""
-    paths = sorted(store().glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    folder = reports_folder()
+    paths = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     if not paths:
-        yield f"no reports under {store()}"
+        yield f"no reports under {folder}"
     for path in paths:
         try:
             yield f"{path}  {_summary(_read(path))}"
@@ -128,7 +123,7 @@ def _passes(arguments: argparse.Namespace) -> Iterator[str]:
         yield "no passes are installed"
     for name, cls in sorted(found.items()):
         yield f"{name}: {_first_line(cls)}"
-        for field in dataclasses.fields(cls):
+        for field in dataclasses.fields(cls):  # type: ignore[arg-type]  # each is a dataclass
             yield f"    {field.name}: {_type(field)}{_default(field)}"
 
 

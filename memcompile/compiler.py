@@ -24,7 +24,7 @@ from memcompile.lowering import Lowered, Lowering
 from memcompile.options import Budget, Options, format_bytes
 from memcompile.pipeline import Pipeline
 from memcompile.planner import Ladder, Planner, Rung
-from memcompile.split import Split, inductor_split, split
+from memcompile.split import Split, inductor_split, rewrite_whole, split
 from memcompile.step import Step, must_recompute, must_save, source_line
 
 #: Schedulings of one graph, Inductor's own included.
@@ -122,10 +122,13 @@ class Compiler:
         bound = frozenset(n for n in step.nodes if must_recompute(n))
         return Planner(draft, Plan(kept), proposals, bound)
 
-    def _lower(self, step: Step, cut: Split, drafted: Drafted) -> int:
+    def _lower(self, step: Step, cut: Split | fx.GraphModule, drafted: Drafted) -> int:
         """Total bytes of a split once lowered, what earlier graphs hold included."""
         if not self.fused:
             return drafted.peak + self.held
+        if isinstance(cut, fx.GraphModule) or cut.backward is None:
+            module = cut if isinstance(cut, fx.GraphModule) else cut.forward
+            return self.lowering.inference(module, step.input_bytes()).peak + self.held
         lowered: Lowered = self.lowering.step(
             cut.forward, cut.backward, step.num_outputs, step.input_bytes()
         )
@@ -174,7 +177,10 @@ class Compiler:
 
     def _try(self, step: Step, planner: Planner, rung: Rung) -> Tried:
         drafted = planner.drafted(rung.plan)
-        cut = split(step, drafted)
+        if step.late_from is not None:
+            cut = Split(rewrite_whole(step, drafted), None)
+        else:
+            cut = split(step, drafted)
         return Tried(drafted, cut, self._lower(step, cut, drafted))
 
     def _refusal(
@@ -197,41 +203,59 @@ class Compiler:
             lowered = max(chosen.peak - self.held, value)
             _torch.guard_fits(expression * lowered <= max(room, lowered) * value)
 
-    # -- graphs without a backward ----------------------------------------------------
+    # -- graphs that are not split ------------------------------------------------------
 
-    def inference(self, module: fx.GraphModule) -> Explained:
-        """Check a graph that has no late side: nothing can be rebuilt, so it fits or not.
+    def whole(self, module: fx.GraphModule) -> tuple[fx.GraphModule, Explained]:
+        """Plan a graph without a split: inference, a backward inside it, an optimizer.
+
+        What is alive at the peak and read after it plays the part of what is saved.
 
         Raises:
-            BudgetError: its lowered peak is above the budget.
+            BudgetError: no plan found fits the budget.
         """
         started = time.perf_counter()
-        outputs = list(module.graph.find_nodes(op="output"))[0].args[0]
-        step = Step(module, len(outputs))
-        draft = Draft(step, calibrate(_device(step)), fused=self.fused)
-        drafted = draft.under(Plan(frozenset()))
-        before = step.input_bytes()
-        peak = drafted.peak + self.held
-        if self.fused:
-            peak = self.lowering.inference(module, before).peak + self.held
-        budget = total_budget(self.options, before + self.held, peak)
-        if budget is not None and peak > budget and self.options.limit.kind == "bytes":
-            line = drafted.forward
-            node = line.ops[line.at].node
-            raise refusal(self.options, budget, peak, self.held, node, [])
+        self.notes.clear()
+        (results,) = list(module.graph.find_nodes(op="output"))[0].args
+        step = Step(module, len(results))
+        drafted = Draft(step, calibrate(_device(step)), fused=self.fused).under(Plan(frozenset()))
+        first = Tried(drafted, Split(module, None), self._lower(step, module, drafted))
+        budget = self._budget(step, first.peak)
+        wanted = budget is not None or self.options.limit.kind == "min"
+        chosen, floor, proposals = first, None, []
+        if wanted and drafted.forward.ops and (budget is None or first.peak > budget):
+            late = Step(module, len(results), late_from=_late_from(step, drafted))
+            proposals = self.pipeline.propose(late)
+            planner = self._whole_planner(late, proposals)
+            ladder = planner.build()
+            step, floor = late, ladder.floor.peak
+            first = Tried(planner.ground_draft, first.split, first.peak)
+            chosen = self._search(late, ladder, planner, first, budget)
         explained = explain(
             step=step,
-            before=drafted,
-            after=drafted,
-            proposals=[],
+            before=first.drafted,
+            after=chosen.drafted,
+            proposals=proposals,
             budget=budget,
-            inductor=peak,
-            lowered=peak,
-            floor=None,
-            split=None,
+            inductor=first.peak,
+            lowered=chosen.peak,
+            floor=floor,
+            split=chosen.split,
         )
         explained.planning_seconds = time.perf_counter() - started
-        return explained
+        self._guard(step, chosen, budget)
+        return chosen.split.forward, explained
+
+    def _whole_planner(self, step: Step, proposals: list[Proposal]) -> Planner:
+        again = frozenset(p.value for p in proposals if p.rebuild is None)
+        draft = Draft(step, calibrate(_device(step)), again, self.fused)
+        kept = frozenset(n for n in draft.needed_late if n.op == "call_function")
+        return Planner(draft, Plan(kept), proposals)
+
+
+def _late_from(step: Step, drafted: Drafted) -> fx.Node:
+    """The node after the one at the peak, where a graph without a split is cut in two."""
+    line = drafted.forward
+    return line.ops[min(line.at + 1, len(line.ops) - 1)].node
 
 
 def total_budget(options: Options, before: int, inductor: int) -> int | None:

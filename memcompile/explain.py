@@ -72,7 +72,7 @@ def explain(
         timeline_after=_points(step, after) if after is not before else (),
         graph_before=_text(step.module),
         forward=_text(split.forward) if split else "",
-        backward=_text(split.backward) if split else "",
+        backward=_text(split.backward) if split and split.backward else "",
     )
 
 

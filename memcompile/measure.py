@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from memcompile import _torch
+
 _ONE_AT_A_TIME = threading.Lock()
 
 
@@ -151,7 +153,7 @@ def _cuda_peak(
 
 def _cpu_peak(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Peak:
     """The allocation events of one call of ``fn``, replayed."""
-    if torch.autograd._profiler_enabled():  # pyright: ignore[reportPrivateImportUsage]
+    if _torch.profiler_enabled():
         raise RuntimeError("measure_peak needs torch.profiler, which is active; stop it first")
     gc.collect()
     with _quiet_kineto(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
@@ -168,11 +170,8 @@ def _cpu_peak(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, 
 
 def _events(prof: profile) -> list[Event]:
     """The CPU allocation events of a finished profile, all threads, in order of time."""
-    results = prof.profiler.kineto_results if prof.profiler is not None else None
-    if results is None:
-        return []
     found: list[tuple[int, Event]] = []
-    stack: list[Any] = list(reversed(results.experimental_event_tree()))
+    stack = _torch.profiled_tree(prof)[::-1]
     while stack:
         node = stack.pop()
         stack.extend(reversed(node.children))
@@ -223,7 +222,7 @@ def _dense_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     elif tensor.layout == torch.strided:
         yield tensor
     elif tensor.layout == torch.sparse_coo:
-        yield from (tensor._indices(), tensor._values())
+        yield from _torch.sparse_parts(tensor)
     elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
         yield from (tensor.crow_indices(), tensor.col_indices(), tensor.values())
     elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):

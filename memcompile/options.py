@@ -22,6 +22,8 @@ from typing import Any, Literal
 
 import torch
 
+from memcompile import _torch
+
 #: Bytes in each unit a user may write, by its lower-case spelling.
 UNITS: Mapping[str, int] = {
     "b": 1,
@@ -269,16 +271,12 @@ def _listed(names: Sequence[str]) -> str:
 
 @functools.cache
 def _inductor_options() -> tuple[str, ...]:
-    import torch._inductor  # slow to import, and needed only to check keys
-
-    return tuple(torch._inductor.list_options())
+    return tuple(_torch.list_options())
 
 
 @functools.cache
 def _modes() -> tuple[str, ...]:
-    import torch._inductor
-
-    return tuple(torch._inductor.list_mode_options())
+    return tuple(_torch.list_mode_options())
 
 
 def _stable(value: object) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from memcompile import _torch
 from memcompile.contract import Context, Pass, Proposal, Proposer, Rewrite
 from memcompile.errors import PassError
 from memcompile.registry import source_key, spell
@@ -102,7 +103,7 @@ def fingerprint(graph: fx.Graph) -> list[tuple[object, ...]]:
 def output_types(graph: fx.Graph) -> list[object]:
     """Dtype and shape of each output, ``None`` for what is no tensor."""
     (output,) = graph.find_nodes(op="output")
-    leaves = torch.utils._pytree.tree_leaves(output.args)
+    leaves = _torch.tree_leaves(output.args)
     types: list[object] = []
     for leaf in leaves:
         value = leaf.meta.get("val") if isinstance(leaf, fx.Node) else None

@@ -7,6 +7,7 @@ sizes while compiling, and the answer is kept on disk.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from memcompile import _torch
-from memcompile.analysis.cost import cache_folder
+from memcompile.folders import cache_folder, replace_text
 from memcompile.measure import measure_peak, tensor_bytes
 
 
@@ -24,7 +25,7 @@ def of(kernel: Any) -> int:
     if type(kernel).__name__ != "FallbackKernel":
         return 0
     op = getattr(kernel, "op_overload", None)
-    if not isinstance(op, torch._ops.OpOverload) or op.namespace != "aten":
+    if not isinstance(op, _torch.OpOverload) or op.namespace != "aten":
         return 0
     try:
         args, kwargs = _torch.fallback_arguments(kernel)
@@ -65,8 +66,8 @@ def _measured(call: _Call) -> int:
     if path.exists():
         return int(json.loads(path.read_text()))
     extra = _measure(call)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(extra))
+    with contextlib.suppress(OSError):  # a folder that cannot be written is no error
+        replace_text(path, json.dumps(extra))
     return extra
 
 
@@ -92,4 +93,4 @@ def _realise(value: Any) -> Any:
 
 
 def _leaves(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in _torch.tree_leaves(value) if isinstance(leaf, torch.Tensor)]

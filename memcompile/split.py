@@ -20,10 +20,10 @@ from memcompile.step import Step
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The two modules a step compiles to."""
+    """The modules a step compiles to."""
 
     forward: fx.GraphModule
-    backward: fx.GraphModule
+    backward: fx.GraphModule | None  #: ``None`` for a step that is not split
 
 
 def inductor_split(step: Step) -> tuple[Split, list[str]]:
@@ -63,6 +63,11 @@ def split(step: Step, drafted: Drafted) -> Split:
     return Split(forward, backward)
 
 
+def rewrite_whole(step: Step, drafted: Drafted) -> fx.GraphModule:
+    """The step as one graph, for steps that are not split: copies are made just in time."""
+    return _Writer(step, drafted).write_whole()
+
+
 class _Writer:
     """Writes the joint graph of a draft."""
 
@@ -76,8 +81,22 @@ class _Writer:
         self.symbols: dict[fx.Node, None] = {}
         self.kept = frozenset(drafted.saved)
 
+    def write_whole(self) -> fx.GraphModule:
+        """The whole graph with its outputs in their own order."""
+        self._write_sides()
+        (results,) = self.step.output.args
+        flat = [self._output(r) if isinstance(r, fx.Node) else r for r in results]
+        return self._module(tuple(flat))
+
     def write(self) -> tuple[fx.GraphModule, list[fx.Node], list[fx.Node]]:
         """The joint module, the values stored for the backward, the symbols stored."""
+        self._write_sides()
+        outputs = [self._output(node) for node in self.step.outputs]
+        gradients = [None if g is None else self.read_late(g) for g in self.step.gradients]
+        joint = self._module((*outputs, *gradients))
+        return joint, list(self.saved), list(self.symbols)
+
+    def _write_sides(self) -> None:
         self._write_early()
         for item in self.drafted.late:
             if isinstance(item, Late):
@@ -85,13 +104,13 @@ class _Writer:
             else:
                 assert item.rebuild is not None
                 self.late[item.value] = self._decode(item.rebuild)
-        outputs = [self._output(node) for node in self.step.outputs]
-        gradients = [None if g is None else self.read_late(g) for g in self.step.gradients]
-        output = self.graph.output((*outputs, *gradients))
+
+    def _module(self, results: tuple[object, ...]) -> fx.GraphModule:
+        output = self.graph.output(results)  # type: ignore[arg-type]
         output.meta.update(self.step.output.meta)
-        joint = fx.GraphModule(self.step.module, self.graph)
-        joint.meta.update(self.step.module.meta)
-        return joint, list(self.saved), list(self.symbols)
+        module = fx.GraphModule(self.step.module, self.graph)
+        module.meta.update(self.step.module.meta)
+        return module
 
     def _write_early(self) -> None:
         rebuilt = self.drafted.plan.rebuilt

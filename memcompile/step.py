@@ -17,7 +17,6 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch.utils._pytree import tree_leaves
 
 from memcompile import _torch
 
@@ -76,7 +75,7 @@ def is_view(node: fx.Node) -> bool:
     if target is operator.getitem:
         base = node.args[0]
         return isinstance(base, fx.Node) and _splits_views(base)
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, _torch.OpOverload):
         return False
     if target in _torch.UNANNOTATED_VIEWS:
         return True
@@ -88,7 +87,7 @@ def is_view(node: fx.Node) -> bool:
 def _splits_views(node: fx.Node) -> bool:
     """``split`` and friends: a list of views of one tensor."""
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+    if not isinstance(target, _torch.OpOverload) or target._schema.is_mutable:
         return False
     returns = target._schema.returns
     return (
@@ -134,18 +133,25 @@ class Step:
         module: the joint graph; placeholders are primals then tangents.
         num_outputs: how many of its outputs the forward returns; the rest are gradients.
         static_inputs: indices of primals that are parameters or buffers.
+        late_from: for a graph that is not split (inference, a backward inside the graph,
+            an optimizer): the first node that counts as late.
     """
 
     def __init__(
-        self, module: fx.GraphModule, num_outputs: int, static_inputs: Sequence[int] = ()
+        self,
+        module: fx.GraphModule,
+        num_outputs: int,
+        static_inputs: Sequence[int] = (),
+        late_from: fx.Node | None = None,
     ) -> None:
+        self.late_from = late_from
         self.module = module
         self.graph = module.graph
         self.num_outputs = num_outputs
         self.nodes: list[fx.Node] = list(self.graph.nodes)
         self.order = {node: place for place, node in enumerate(self.nodes)}
         (self.output,) = self.graph.find_nodes(op="output")
-        outputs = tree_leaves(self.output.args)
+        outputs = _torch.tree_leaves(self.output.args)
         self.outputs: list[fx.Node | None] = [_node_or_none(o) for o in outputs[:num_outputs]]
         self.gradients: list[fx.Node | None] = [_node_or_none(o) for o in outputs[num_outputs:]]
         self.placeholders = [n for n in self.nodes if n.op == "placeholder"]
@@ -153,11 +159,18 @@ class Step:
         self.primals = [n for n in self.placeholders if not _torch.is_tangent(n)]
         self.static = frozenset(self.primals[i] for i in static_inputs if i < len(self.primals))
         self.sides = self._find_sides()
+        if late_from is not None:
+            late = self.sides.late
+            self.gradients = [o for o in self.outputs if o in late]
+            self.outputs = [o for o in self.outputs if o not in late]
 
     def _find_sides(self) -> Sides:
         late: set[fx.Node] = set()
+        if self.late_from is not None:
+            place = self.order[self.late_from]
+            late.update(n for n in self.nodes[place:] if n.op == "call_function")
         for node in self.nodes:
-            if node.op == "output":
+            if node.op == "output" or node in late:
                 continue
             if (
                 node in self.tangents

@@ -7,10 +7,9 @@ read back under a key of the captured graph and everything the plan depends on.
 from __future__ import annotations
 
 import contextlib
-import os
 from pathlib import Path
 
-from memcompile.analysis.cost import cache_folder
+from memcompile.folders import replace_text, reports_folder
 from memcompile.report import Report
 
 _reports: list[Report] = []
@@ -33,17 +32,13 @@ def clear() -> None:
 
 
 def _path(key: str) -> Path:
-    return cache_folder() / "reports" / f"{key}.json"
+    return reports_folder() / f"{key}.json"
 
 
 def save(key: str, report: Report) -> None:
     """Keep a report for later processes. A folder that cannot be written is no error."""
-    path = _path(key)
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(f".{os.getpid()}.tmp")
-        draft.write_text(report.to_json(), encoding="utf-8")
-        draft.replace(path)
+        replace_text(_path(key), report.to_json())
 
 
 def load(key: str) -> Report | None:

@@ -46,7 +46,7 @@ def test_an_input_changed_in_place_is_changed_the_same_way() -> None:
 
 def test_an_input_changed_after_its_old_value_was_read() -> None:
     def step(x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        before = (x * seen).sin()
+        before = (x + seen).sin()
         seen.zero_()
         return before * x + seen
 
@@ -278,7 +278,7 @@ def test_a_model_trained_and_evaluated_by_turns() -> None:
 
 
 def dynamic_model() -> nn.Module:
-    return nn.Sequential(stack(3), nn.Linear(8, 2).double())
+    return nn.Sequential(stack(2), nn.Linear(8, 2).double())
 
 
 def compiles_of(compiled, *lengths: int) -> int:
@@ -493,7 +493,8 @@ def test_a_compiled_optimizer_step(kind) -> None:
             update()
         return [p.detach() for p in model.parameters()]
 
-    wanted = train(lambda step: step)
+    wanted = train(lambda step: torch.compile(step, backend="aot_eager"))
+    torch._dynamo.reset()
     torch.testing.assert_close(train(memopt), wanted)
     torch._dynamo.reset()
     torch.testing.assert_close(train(lambda step: memopt(step, "min")), wanted)
@@ -504,7 +505,7 @@ def test_training_follows_eager_for_several_steps(budget) -> None:
     def train(call) -> list[torch.Tensor]:
         model = nn.Sequential(stack(2), nn.BatchNorm1d(8).double())
         compiled = call(model)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
         for _ in range(5):
             optimizer.zero_grad()
             compiled(tensor(6, 8, grad=False)).square().sum().backward()

@@ -15,17 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from memcompile._torch import UNKNOWN_SIZE
 from memcompile.analysis import cost
 from memcompile.analysis.cost import (
     FIXED,
-    UNKNOWN_SIZE,
     Rates,
     calibrate,
-    hint,
     node_flops,
     node_seconds,
     use_rates,
 )
+from memcompile.folders import cache_folder
+from memcompile.step import hint
 
 
 def nodes(
@@ -321,6 +322,6 @@ def test_files_lie_beside_inductors(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
     monkeypatch.delenv("MEMCOMPILE_CACHE", raising=False)
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    assert cost.cache_folder() == Path(default_cache_dir(), "memcompile")
+    assert cache_folder() == Path(default_cache_dir(), "memcompile")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    assert cost.cache_folder() == tmp_path / "memcompile"
+    assert cache_folder() == tmp_path / "memcompile"

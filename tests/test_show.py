@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memcompile import cli
+from memcompile.folders import reports_folder
 from memcompile.report import KINDS, MoveRow, Point, Ran, Report, ValueRow
 from memcompile.show import change, duration, html, sample, size, text
 
@@ -375,7 +376,7 @@ def test_reports_of_an_empty_store(
 def test_store_is_beside_inductors_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("MEMCOMPILE_CACHE", raising=False)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    assert cli.store() == tmp_path / "memcompile" / "reports"
+    assert reports_folder() == tmp_path / "memcompile" / "reports"
 
 
 @pytest.mark.parametrize("content", [None, "{}", "\xff"])

@@ -9,28 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import getpass
 import hashlib
 import json
 import math
 import operator
 import os
-import platform
-import re
-import statistics
-import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.fx.node
-from torch.utils.flop_counter import flop_registry
 
-#: The size assumed where a symbolic one has no hint.
-UNKNOWN_SIZE = 4096
+from memcompile import _torch
+from memcompile.analysis import benchmark
+from memcompile.folders import cache_folder, replace_text
+from memcompile.step import hint
 
 
 def _names(text: str) -> frozenset[str]:
@@ -68,8 +62,6 @@ _FLOPS_AS: Mapping[str, str] = {
     for kind in ("flash_attention_for_cpu", "fused_attention_overrideable")
     for side in ("", "_backward")
 }
-
-_MATMUL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,22 +144,6 @@ def calibrate(device: torch.device | str) -> Rates:
     return _known[path]
 
 
-def cache_folder() -> Path:
-    """Where memcompile keeps files: ``MEMCOMPILE_CACHE``, else beside Inductor's cache."""
-    own = os.environ.get("MEMCOMPILE_CACHE")
-    if own:
-        return Path(own)
-    inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    if inductor:
-        return Path(inductor, "memcompile")
-    try:
-        user = getpass.getuser()
-    except (KeyError, ImportError, OSError):
-        user = f"uid_{os.getuid()}" if hasattr(os, "getuid") else "unknown_user"
-    folder = "torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", user)
-    return Path(tempfile.gettempdir(), folder, "memcompile")
-
-
 def measure_rates(device: torch.device) -> Rates:
     """Benchmark ``device`` afresh, in about a second.
 
@@ -176,15 +152,15 @@ def measure_rates(device: torch.device) -> Rates:
     other processes' load: on a busy machine every parallel call waits for its slowest core.
     """
     threads = torch.get_num_threads() if device.type == "cpu" else 0
-    with _one_thread(device):
-        products = _matmul_rates(device)
-        memory = _memory_rate(device)
-        cheap = _element_rate(device, [torch.add, torch.mul])
-        slow = _element_rate(device, [torch.exp, torch.erf, torch.tanh])
-        launch = _seconds(_addition(device, 1), device, repeats=200)
+    with benchmark.one_thread(device):
+        products = benchmark.matmul_rates(device)
+        memory = benchmark.memory_rate(device)
+        cheap = benchmark.element_rate(device, [torch.add, torch.mul])
+        slow = benchmark.element_rate(device, [torch.exp, torch.erf, torch.tanh])
+        launch = benchmark.launch_seconds(device)
     scale = max(threads, 1)
     return Rates(
-        device=_device_name(device),
+        device=benchmark.device_name(device),
         threads=threads,
         matmul={dtype: _two_digits(rate * scale) for dtype, rate in products.items()},
         memory=_two_digits(memory * math.sqrt(scale)),
@@ -192,17 +168,6 @@ def measure_rates(device: torch.device) -> Rates:
         slow=_two_digits(slow * scale),
         launch=_two_digits(launch),
     )
-
-
-def hint(size: Any) -> int:
-    """``size`` as a number: itself, a symbolic size's hint, or :data:`UNKNOWN_SIZE`."""
-    if isinstance(size, torch.SymInt):
-        try:
-            known = size.node.hint
-        except Exception:  # an unbacked size may raise whatever its environment likes
-            known = None
-        return int(known) if isinstance(known, int) else UNKNOWN_SIZE
-    return int(size)
 
 
 def node_seconds(
@@ -232,7 +197,8 @@ def node_seconds(
 
 def node_flops(node: torch.fx.Node) -> int:
     """Floating-point operations of a matrix product, convolution or attention; else 0."""
-    formula = flop_registry.get(_packet(node)) or flop_registry.get(_counted_as(_op_name(node)))
+    known = _torch.flop_registry
+    formula = known.get(_packet(node)) or known.get(_counted_as(_op_name(node)))
     if formula is None:
         return 0
     try:
@@ -244,7 +210,7 @@ def node_flops(node: torch.fx.Node) -> int:
 
 def _compute_seconds(node: torch.fx.Node, name: str, rates: Rates) -> float:
     """Seconds of arithmetic."""
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if isinstance(node.target, _torch.HigherOrderOperator):
         return 0.0
     flops = node_flops(node)
     if flops:
@@ -351,7 +317,8 @@ def _shape_of(value: Any) -> Any:
 def _rates_file(device: torch.device) -> Path:
     """One file for each device name, thread count, torch version and float32 precision."""
     precision = torch.get_float32_matmul_precision()
-    parts = (_device_name(device), torch.get_num_threads(), torch.__version__, precision)
+    name = benchmark.device_name(device)
+    parts = (name, torch.get_num_threads(), torch.__version__, precision)
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     return cache_folder() / f"rates-{device.type}-{digest}.json"
 
@@ -364,106 +331,11 @@ def _load(path: Path) -> Rates | None:
 
 
 def _store(path: Path, rates: Rates) -> Rates:
-    """Write ``rates`` in one step, so that no reader sees half; a full disk is no error."""
+    """Keep ``rates`` for later processes; a folder that cannot be written is no error."""
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_text(rates.to_json(), "utf-8")
-        part.replace(path)
+        replace_text(path, rates.to_json())
     return rates
-
-
-@functools.cache
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        text = Path("/proc/cpuinfo").read_text("utf-8", errors="replace")
-        match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-        if match and device.type == "cpu":
-            return match[1].strip()
-    return f"{device.type} {platform.processor() or platform.machine()}"
-
-
-@contextlib.contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
-    """Compute on the CPU with one thread within the block."""
-    before = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _two_digits(figure: float) -> float:
     return float(f"{figure:.1e}")
-
-
-def _seconds(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Seconds of the fastest of ``repeats`` calls, queued work included; at most 80 ms of calls.
-
-    The fastest, because other processes only ever slow a call down.
-    """
-    _wait(device)
-    run()
-    _wait(device)
-    begin = time.perf_counter()
-    times: list[float] = []
-    while len(times) < repeats and (len(times) < 3 or time.perf_counter() - begin < 0.08):
-        batch = 10 if device.type == "cuda" else 1  # hides the wait behind queued work
-        start = time.perf_counter()
-        for _ in range(batch):
-            run()
-        _wait(device)
-        times.append((time.perf_counter() - start) / batch)
-    return min(times)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _addition(device: torch.device, count: int) -> Callable[[], Any]:
-    left, out = torch.ones(count, device=device), torch.empty(count, device=device)
-    return lambda: torch.add(left, left, out=out)
-
-
-def _matmul_rates(device: torch.device) -> dict[str, float]:
-    """Flop/s of a square product in each dtype the device multiplies."""
-    size = 2048 if device.type == "cuda" else 384
-    rates: dict[str, float] = {}
-    for dtype in _MATMUL_DTYPES:
-        with contextlib.suppress(RuntimeError):  # no kernel for this dtype here
-            left = torch.ones(size, size, dtype=dtype, device=device)
-            seconds = _seconds(functools.partial(torch.mm, left, left), device, repeats=200)
-            rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / seconds
-    return rates
-
-
-def _memory_rate(device: torch.device) -> float:
-    """Bytes/s of a copy that fits in no cache."""
-    count = 2**28 if device.type == "cuda" else 2**26
-    source = torch.ones(count // 4, device=device)
-    target = torch.empty_like(source)
-    seconds = _seconds(lambda: target.copy_(source), device, repeats=20)
-    return 2 * source.nbytes / seconds
-
-
-def _element_rate(device: torch.device, ops: list[Callable[..., Any]]) -> float:
-    """Elements/s of ``ops`` on data in cache, the launch taken off: the median op's."""
-    small, large = (2**18, 2**22) if device.type == "cuda" else (2**13, 2**16)
-    found = []
-    for op in ops:
-        short, long = (_seconds(_elementwise(op, device, n), device, 200) for n in (small, large))
-        found.append((large - small) / max(long - short, long / 10))
-    return statistics.median(found)
-
-
-def _elementwise(op: Callable[..., Any], device: torch.device, count: int) -> Callable[[], Any]:
-    values = torch.full((count,), 0.5, device=device)
-    out = torch.empty_like(values)
-    binary = op in (torch.add, torch.mul)
-    return lambda: op(*([values, values] if binary else [values]), out=out)

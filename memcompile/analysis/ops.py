@@ -7,6 +7,7 @@ import operator
 import torch
 from torch import fx
 
+from memcompile import _torch
 from memcompile.analysis.timeline import Kind
 
 aten = torch.ops.aten
@@ -47,7 +48,7 @@ _ATTENTION_DROPOUT = {
 def op_name(node: fx.Node) -> str:
     """``"mm"`` for ``aten.mm.default``; the target's name for anything else."""
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, _torch.OpOverload):
         return target._schema.name.split("::", 1)[-1]
     return str(getattr(target, "__name__", target))
 
@@ -61,7 +62,7 @@ def classify(node: fx.Node) -> Kind:
         base = node.args[0]
         assert isinstance(base, fx.Node)
         return Kind.REDUCTION if classify(base) == Kind.REDUCTION else Kind.PART
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, _torch.OpOverload):
         return Kind.EXTERN
     name = op_name(node)
     if name in REDUCTION and not (name in ("max", "min") and len(node.all_input_nodes) > 1):
@@ -74,7 +75,7 @@ def classify(node: fx.Node) -> Kind:
 def is_random(node: fx.Node) -> bool:
     """Whether running the node again would draw new random numbers."""
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, _torch.OpOverload):
         return False
     name = op_name(node)
     if name == "inductor_seeds" or name == "inductor_seed":
@@ -99,7 +100,7 @@ def runs_twice(node: fx.Node) -> bool:
         base = node.args[0]
         return isinstance(base, fx.Node) and runs_twice(base)
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, _torch.OpOverload):
         return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))
     if target.namespace not in ("aten", "prims", "inductor") or target._schema.is_mutable:
         return False

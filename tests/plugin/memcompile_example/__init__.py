@@ -35,15 +35,14 @@ class PackBools(Proposer):
 
 def pack(mask: torch.Tensor) -> torch.Tensor:
     """Eight booleans along the last dimension as the bits of one byte."""
-    bits = mask.unflatten(-1, (-1, 8)).to(torch.uint8)
-    return (bits << places(mask)).sum(-1, dtype=torch.uint8)
+    return (mask.unflatten(-1, (-1, 8)) * places(mask)).sum(-1, dtype=torch.uint8)
 
 
 def unpack(packed: torch.Tensor) -> torch.Tensor:
     """What :func:`pack` packed."""
-    return ((packed.unsqueeze(-1) >> places(packed)) & 1).to(torch.bool).flatten(-2)
+    return (packed.unsqueeze(-1) & places(packed)).ne(0).flatten(-2)
 
 
 def places(like: torch.Tensor) -> torch.Tensor:
-    """0 to 7, the places of a byte's bits."""
-    return torch.arange(8, dtype=torch.uint8, device=like.device)
+    """1, 2, 4 to 128: the bits of a byte."""
+    return 2 ** torch.arange(8, dtype=torch.uint8, device=like.device)
