@@ -171,10 +171,20 @@ def _scalar_only(self: CppKernelProxy, *args: Any) -> None:
     _codegen_functions(self, *args)
 
 
-def deep_copy(module: fx.GraphModule) -> fx.GraphModule:
-    """Copy a module whose constants may be real tensors while fake ones are in use."""
-    with unset_fake_temporarily():
-        return copy.deepcopy(module)
+def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
+    """A module of its own graph that shares constants and submodules with ``module``.
+
+    ``copy.deepcopy`` would copy what ``meta`` refers to, which may be tensors of the user.
+    """
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, env := {}), type_expr=None)
+    (old,) = module.graph.find_nodes(op="output")
+    (new,) = graph.find_nodes(op="output")
+    new.args = fx.node.map_arg(old.args, env.__getitem__)
+    new.meta = copy.copy(old.meta)
+    copied = fx.GraphModule(module, graph)
+    copied.meta = copy.copy(module.meta)
+    return copied
 
 
 class _Lowered(Exception):
@@ -192,7 +202,7 @@ def dry_run(
     ``compile_side`` calls Inductor on the copy it is given. Returns ``None`` for a
     graph that Inductor answers without lowering (it has no call).
     """
-    module = deep_copy(gm)
+    module = copy_graph(gm)
 
     def stop(self: GraphLowering) -> None:
         self.codegen()

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from memcompile import _torch, scratch, store
+from memcompile import _torch, live, scratch, store
 from memcompile.analysis.cost import calibrate
 from memcompile.compiler import Compiler, Outcome
 from memcompile.contract import Context
 from memcompile.errors import MemcompileError
 from memcompile.explain import Explained
 from memcompile.lowering import Lowering
-from memcompile.options import Options, warn_if_above_free
+from memcompile.options import Options, format_bytes, warn_if_above_free
 from memcompile.pipeline import Pipeline
 from memcompile.registry import resolve
 from memcompile.report import Report
@@ -109,7 +109,9 @@ class _Job:
         outputs = output.args[0]
         number = len(outputs) if isinstance(outputs, (list, tuple)) else 1
         self.lowering = Lowering(number, len(example_inputs), scratch.of)
-        self.compiler = Compiler(options, self.pipeline, self.lowering, held=0)
+        held, self.holders = live.held()
+        held = max(0, held - _intermediate_bytes(example_inputs)) if held else 0
+        self.compiler = Compiler(options, self.pipeline, self.lowering, held)
         self.report: Report | None = None
         self.key = self._key()
         self.graph_key = self._graph_key()
@@ -138,7 +140,10 @@ class _Job:
         if self.report is None:
             self.report = store.load(self.graph_key) or self._missing()
         store.add(self.report)
-        return compiled
+        if self.report.kind != "training":
+            return compiled
+        label = self.report.name or f"graph {self.report.index}"
+        return live.watch(compiled, label, self.report.held_after)
 
     def _inductor(self) -> Callable[..., Any]:
         patches = {
@@ -205,11 +210,18 @@ class _Job:
             reserve=self.options.reserve_bytes,
             passes=tuple(self.pipeline.ran),
             outside=OUTSIDE,
-            notes=tuple(self.compiler.notes),
+            notes=(*self.compiler.notes, *self._holder_notes()),
             schedulings=self.lowering.runs,
+            held_before=self.compiler.held,
             **values,
         )
         store.save(self.graph_key, self.report)
+
+    def _holder_notes(self) -> list[str]:
+        if not self.compiler.held:
+            return []
+        size = format_bytes(self.compiler.held)
+        return [f"after a graph break: {size} are held by {', '.join(self.holders)}"]
 
     def _missing(self) -> Report:
         """The graph came from torch's cache and its report is gone: say so."""
@@ -223,38 +235,48 @@ class _Job:
         )  # fmt: skip
 
 
-class _Partitioner(_torch.CustomPartitionerFn):
-    """Where torch splits a joint graph, we do."""
+class _Hook:
+    """What torch's config holds of a job. Torch copies and prints its config freely."""
 
     def __init__(self, job: _Job) -> None:
         self.job = job
 
-    def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
-        return self.job.partition(gm, **kwargs)
+    def __deepcopy__(self, memo: object) -> _Hook:
+        return self
+
+    def __repr__(self) -> str:
+        return f"<memopt {self.job.key[:12]}>"
 
     def uuid(self) -> str:
         return self.job.key
 
 
-class _Rewrites(_torch.CustomGraphPass):
-    """The rewrites of the pipeline, before Inductor matches any pattern."""
+class _Partitioner(_Hook, _torch.CustomPartitionerFn):
+    """Where torch splits a joint graph, we do."""
 
-    def __init__(self, job: _Job) -> None:
-        self.job = job
+    def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
+        return self.job.partition(gm, **kwargs)
+
+
+class _Rewrites(_Hook, _torch.CustomGraphPass):
+    """The rewrites of the pipeline, before Inductor matches any pattern."""
 
     def __call__(self, graph: fx.Graph) -> None:
         module = graph.owning_module
         assert module is not None
         self.job.pipeline.rewrite(module)
 
-    def uuid(self) -> str:
-        return self.job.key
-
 
 def _device(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> torch.device:
     values = [*example_inputs, *gm.parameters(), *gm.buffers()]
     devices = [v.device for v in values if isinstance(v, torch.Tensor)]
     return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+
+
+def _intermediate_bytes(example_inputs: Sequence[Any]) -> int:
+    """Inputs that an earlier graph of the step produced, and already counts."""
+    made = [v for v in example_inputs if isinstance(v, torch.Tensor) and not v.is_leaf]
+    return _input_bytes(made)
 
 
 def _input_bytes(example_inputs: Sequence[Any]) -> int:

@@ -164,7 +164,7 @@ class Compiler:
                 continue
             if fits is not None:
                 return fits
-            target = before - self.held + int(0.995 * room / max(error, 1e-9))
+            target = before - self.held + int(0.97 * room / max(error, 1e-9))
             tighter = ladder.fit(min(target, rung.peak - 1))
             if tighter is None:
                 tighter = ladder.floor

@@ -40,6 +40,7 @@ class Explained:
     graph_before: str
     forward: str
     backward: str
+    held_after: int = 0  #: bytes alive between forward and backward, inputs included
     planning_seconds: float = 0.0
 
 
@@ -73,6 +74,16 @@ def explain(
         graph_before=_text(step.module),
         forward=_text(split.forward) if split else "",
         backward=_text(split.backward) if split and split.backward else "",
+        held_after=_held_after(step, after),
+    )
+
+
+def _held_after(step: Step, drafted: Drafted) -> int:
+    """Bytes alive when the forward has returned: inputs, outputs and what is saved."""
+    roots = {*drafted.saved, *(step.roots[n] for n in step.node_outputs())}
+    stored = sum(step.bytes(n) for n in drafted.stored)
+    return step.input_bytes() + stored + sum(
+        step.bytes(r) for r in roots if r.op == "call_function"
     )
 
 

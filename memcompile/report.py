@@ -101,6 +101,8 @@ class Report:
     backward: str = ""
     outside: tuple[str, ...] = ()  #: what the promise does not cover
     notes: tuple[str, ...] = ()
+    held_before: int = 0  #: held by earlier graphs of the same step (graph breaks)
+    held_after: int = 0  #: alive between forward and backward, inputs included
     planning_seconds: float = 0.0
     schedulings: int = 0
     cached: bool = False  #: read back from disk rather than planned in this process

@@ -28,7 +28,7 @@ class Split:
 
 def inductor_split(step: Step) -> tuple[Split, list[str]]:
     """Inductor's own split of the step, and the names of the values it saves."""
-    module = _torch.deep_copy(step.module)
+    module = _torch.copy_graph(step.module)
     forward, backward = _torch.min_cut_rematerialization_partition(
         module,
         [node.meta["val"] for node in step.placeholders],
