@@ -1,5 +1,6 @@
 """memcompile: a ``torch.compile`` backend that makes a training step fit a memory budget."""
 
+from memcompile.analysis.ops import runs_twice
 from memcompile.contract import Context, Pass, Proposal, Proposer, Rebuild, Rewrite, rebuild
 from memcompile.errors import BudgetError, MemcompileError, PassError
 from memcompile.measure import Peak, measure_peak
@@ -30,4 +31,5 @@ __all__ = [
     "measure_peak",
     "rebuild",
     "reports",
+    "runs_twice",
 ]

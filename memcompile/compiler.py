@@ -8,6 +8,7 @@ error that the first one showed.
 from __future__ import annotations
 
 import dataclasses
+import operator
 import time
 from typing import Any
 
@@ -70,15 +71,16 @@ class Compiler:
         """
         started = time.perf_counter()
         self.notes.clear()
-        _prepare(module)
+        prepare(module)
         step = Step(module, num_outputs, static)
         own, saved = inductor_split(step)
         proposals = self.pipeline.propose(step)
         planner = self._planner(step, own, saved, proposals)
         ground = planner.ground_draft
         first = Tried(ground, own, self._lower(step, own, ground))
-        if _redraws(step.module):
-            # Stock torch draws anew here (pytorch #190758): the plan is cut by us instead.
+        if _redraws(step.module) or _reads_stale(step, own):
+            # Stock torch draws anew (pytorch #190758) or reads an input after the step has
+            # written to it: Inductor's choice of what to save is cut by us instead.
             again = split(step, ground)
             first = Tried(ground, again, self._lower(step, again, ground))
         budget = self._budget(step, first.peak)
@@ -108,6 +110,7 @@ class Compiler:
     ) -> Planner:
         by_name = {node.name: node for node in step.nodes}
         forward = {node.name for node in own.forward.graph.nodes if node.op == "call_function"}
+        assert own.backward is not None
         backward = {node.name for node in own.backward.graph.nodes if node.op == "call_function"}
         twice = {by_name[name] for name in forward & backward if name in by_name}
         roots = {step.roots[by_name[name]] for name in saved if name in by_name}
@@ -115,9 +118,12 @@ class Compiler:
         offered = frozenset(p.value for p in proposals if p.rebuild is None)
         inductors = {n for n in twice if runs_twice(n) and not must_save(n)}
         unclaimed = {
-            n for n in step.early_values() if n.name in backward and n.name not in forward
+            n
+            for n in step.early_values()
+            if n.name in backward and n.name not in forward and runs_twice(n)
         }
-        again = offered | frozenset(inductors) | frozenset(unclaimed)
+        again = _whole_tuples(offered | frozenset(inductors) | frozenset(unclaimed))
+        again -= {n for n in again if step.reads_overwritten(n)}
         draft = Draft(step, calibrate(_device(step)), again, self.fused)
         bound = frozenset(n for n in step.nodes if must_recompute(n))
         return Planner(draft, Plan(kept), proposals, bound)
@@ -215,7 +221,7 @@ class Compiler:
         """
         started = time.perf_counter()
         self.notes.clear()
-        (results,) = list(module.graph.find_nodes(op="output"))[0].args
+        (results,) = next(iter(module.graph.find_nodes(op="output"))).args
         step = Step(module, len(results))
         drafted = Draft(step, calibrate(_device(step)), fused=self.fused).under(Plan(frozenset()))
         first = Tried(drafted, Split(module, None), self._lower(step, module, drafted))
@@ -246,10 +252,16 @@ class Compiler:
         return chosen.split.forward, explained
 
     def _whole_planner(self, step: Step, proposals: list[Proposal]) -> Planner:
-        again = frozenset(p.value for p in proposals if p.rebuild is None)
+        again = _whole_tuples(frozenset(p.value for p in proposals if p.rebuild is None))
         draft = Draft(step, calibrate(_device(step)), again, self.fused)
         kept = frozenset(n for n in draft.needed_late if n.op == "call_function")
         return Planner(draft, Plan(kept), proposals)
+
+
+def _whole_tuples(again: frozenset[fx.Node]) -> frozenset[fx.Node]:
+    """With one output of an op, the op: a tuple itself can never be kept."""
+    parents = {n.args[0] for n in again if n.target is operator.getitem}
+    return again | frozenset(p for p in parents if isinstance(p, fx.Node))
 
 
 def _late_from(step: Step, drafted: Drafted) -> fx.Node:
@@ -315,7 +327,7 @@ def _error(predicted: int, lowered: int, before: int, held: int) -> float:
     return max(1, lowered - before) / max(1, predicted - (before - held))
 
 
-def _prepare(module: fx.GraphModule) -> None:
+def prepare(module: fx.GraphModule) -> None:
     """What torch's own partitioner does to a joint graph before it decides anything."""
     module.graph.eliminate_dead_code()
     if _torch.functorch_config.cse:
@@ -333,6 +345,13 @@ def _redraws(module: fx.GraphModule) -> bool:
     from memcompile.analysis.ops import is_random
 
     return any(is_random(n) and _tagged(n) for n in module.graph.nodes)
+
+
+def _reads_stale(step: Step, own: Split) -> bool:
+    """Whether Inductor's own backward reads an input that its forward has written to."""
+    assert own.backward is not None
+    names = {node.name for node in step.overwritten}
+    return any(n.name in names for n in own.backward.graph.find_nodes(op="placeholder"))
 
 
 def _tagged(node: fx.Node) -> bool:

@@ -28,9 +28,9 @@ class Plan:
     kept: frozenset[fx.Node]
     rebuilt: Mapping[fx.Node, Proposal] = dataclasses.field(default_factory=dict)
 
-    def key(self) -> tuple[frozenset[fx.Node], frozenset[tuple[fx.Node, str, str]]]:
+    def key(self) -> tuple[frozenset[fx.Node], frozenset[tuple[fx.Node, int]]]:
         """Equal plans have equal keys."""
-        moves = frozenset((v, p.by, p.how) for v, p in self.rebuilt.items())
+        moves = frozenset((v, id(p.rebuild)) for v, p in self.rebuilt.items())
         return self.kept, moves
 
 

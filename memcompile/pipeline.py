@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 from collections.abc import Sequence
 
 import torch
 from torch import fx
 
 from memcompile import _torch
+from memcompile import _torch
+from memcompile.analysis.ops import runs_twice
 from memcompile.contract import Context, Pass, Proposal, Proposer, Rewrite
 from memcompile.errors import PassError
 from memcompile.registry import source_key, spell
 from memcompile.report import Ran
-from memcompile.step import Step
+from memcompile.step import Step, must_save
 
 
 class Pipeline:
@@ -43,51 +45,79 @@ class Pipeline:
         original = module.graph
         before = fingerprint(original)
         outputs = output_types(original)
-        module.graph = copy.deepcopy(original)
+        inputs = placeholder_names(original)
+        module.graph = _torch.copy_graph(module).graph
+        cause: Exception | None = None
         try:
             claimed = each.rewrite(module, self.context)
             module.graph.lint()
             module.recompile()
             changed = fingerprint(module.graph) != before
-            problem = _broken(module.graph, outputs, claimed, changed)
+            problem = _broken(module.graph, inputs, outputs, claimed, changed)
         except Exception as error:  # a stranger's code may raise anything
-            problem, changed = f"raised {type(error).__name__}: {error}", False
+            problem, changed, cause = _said(error), False, error
         if problem is None and changed:
             self._record(each, True)
             return True
         module.graph = original
         module.recompile()
-        self._record(each, False, problem or "")
+        self._record(each, False, problem or "", cause)
         return False
 
     def propose(self, step: Step) -> list[Proposal]:
         """Every proposer's moves on ``step``, those of an inexact pass included."""
         found: list[Proposal] = []
-        early = step.sides.early
         for each in self.passes:
             if not isinstance(each, Proposer):
                 continue
             offered: list[Proposal] = []
             try:
                 for proposal in each.propose(step, self.context):
-                    if proposal.value not in early or step.roots[proposal.value] is not proposal.value:
-                        raise PassError(
-                            f"proposes node {proposal.value.name}, which is not an early value "
-                            "that owns its memory; offer nodes of step.early_values()"
-                        )
-                    offered.append(Proposal(proposal.value, proposal.how, proposal.rebuild, spell(each)))
+                    _check(proposal, step)
+                    offered.append(dataclasses.replace(proposal, by=spell(each)))
             except Exception as error:  # a stranger's code may raise anything
-                self._record(each, False, f"raised {type(error).__name__}: {error}")
+                self._record(each, False, _said(error), error)
                 continue
             found.extend(offered)
             self._record(each, False, f"offered {len(offered)} moves")
         return found
 
-    def _record(self, each: Pass, changed: bool, note: str = "") -> None:
+    def _record(
+        self, each: Pass, changed: bool, note: str = "", cause: Exception | None = None
+    ) -> None:
         self.ran.append(Ran(spell(each), each.exactness, changed, note))
         failed = note and not note.startswith("offered")
         if failed and self.context.strict:
-            raise PassError(f"pass {spell(each)} {note}")
+            raise PassError(f"pass {spell(each)} {note}") from cause
+
+
+def _said(error: Exception) -> str:
+    """The error's first line: a failed lint quotes the whole graph."""
+    first = next(iter(str(error).splitlines()), "")
+    return f"raised {type(error).__name__}: {first}"
+
+
+def _check(proposal: Proposal, step: Step) -> None:
+    """Refuse a move that would compute something else."""
+    value = proposal.value
+    owns = value.op == "call_function" and step.roots[value] is value
+    if value not in step.sides.early or not owns:
+        raise PassError(
+            f"proposes node {value.name}, which is not an early value that owns its memory; "
+            "offer nodes of step.early_values()"
+        )
+    if must_save(value):
+        raise PassError(f"proposes node {value.name}, which the user has bound to be saved")
+    if proposal.rebuild is None and not runs_twice(value):
+        raise PassError(
+            f"offers to run node {value.name} again, which draws new random numbers, has an "
+            "effect, or is an op nothing is known of; offer values that memcompile.runs_twice"
+        )
+
+
+def placeholder_names(graph: fx.Graph) -> list[str]:
+    """The graph's inputs, in order."""
+    return [str(node.target) for node in graph.find_nodes(op="placeholder")]
 
 
 def fingerprint(graph: fx.Graph) -> list[tuple[object, ...]]:
@@ -113,7 +143,7 @@ def output_types(graph: fx.Graph) -> list[object]:
 
 
 def _broken(
-    graph: fx.Graph, outputs: list[object], claimed: bool, changed: bool
+    graph: fx.Graph, inputs: list[str], outputs: list[object], claimed: bool, changed: bool
 ) -> str | None:
     """What a rewrite did wrong, or ``None``."""
     if claimed is not True and claimed is not False:
@@ -125,6 +155,8 @@ def _broken(
     for node in graph.nodes:
         if node.op == "call_function" and "val" not in node.meta and node.users:
             return f"left node {node.name} without meta['val']; give each new node its fake value"
+    if placeholder_names(graph) != inputs:
+        return "changed the graph's inputs or their order; leave the placeholders as they are"
     if output_types(graph) != outputs:
         return "changed the number, dtype or shape of the graph's outputs"
     return None

@@ -79,6 +79,8 @@ def resolve(given: str | Sequence[str | Pass] | None) -> list[Pass]:
         passes.extend(_parse(item) if isinstance(item, str) else [item])
     names: dict[str, Pass] = {}
     for each in passes:
+        if not isinstance(each, Pass):
+            raise PassError(f"{each!r} is not a pass; give names or configured Pass objects")
         if each.name in names and each != names[each.name]:
             raise PassError(
                 f"two passes are named {each.name!r}: {spell(names[each.name])} and {spell(each)}; "
@@ -115,10 +117,15 @@ def _split(text: str) -> list[str]:
 
 
 def _configure(name: str, options: str) -> Pass:
-    known = available()
+    points = importlib.metadata.entry_points(group=GROUP)
+    known = sorted({point.name for point in points})
     if name not in known:
-        raise PassError(f"no pass is named {name!r}; installed: {', '.join(sorted(known))}")
-    cls = known[name]
+        raise PassError(f"no pass is named {name!r}; installed: {', '.join(known)}")
+    owners = {p.dist.name if p.dist else "?" for p in points if p.name == name}
+    if len(owners) > 1:
+        both = " and ".join(sorted(owners))
+        raise PassError(f"two passes are named {name!r}: from {both}; uninstall one of them")
+    cls = _load(next(p for p in points if p.name == name))
     fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values = {}
     for part in _split(options):

@@ -80,6 +80,7 @@ class _Writer:
         self.saved: dict[fx.Node, None] = {}
         self.symbols: dict[fx.Node, None] = {}
         self.kept = frozenset(drafted.saved)
+        self.constants: list[str] = []
 
     def write_whole(self) -> fx.GraphModule:
         """The whole graph with its outputs in their own order."""
@@ -133,7 +134,8 @@ class _Writer:
             elif node.op == "output":
                 return [env[out] for out in node.args[0]]
             elif node.op == "get_attr":
-                name = f"_rebuild_{id(module):x}_{node.target}"
+                name = f"_rebuild_constant_{len(self.constants)}"
+                self.constants.append(name)
                 setattr(self.step.module, name, getattr(module, node.target))
                 env[node] = self.graph.get_attr(name)
                 env[node].meta.update(node.meta)

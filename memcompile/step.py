@@ -190,6 +190,20 @@ class Step:
             roots[node] = roots[view_base(node)] if is_view(node) else node
         return roots
 
+    @functools.cached_property
+    def overwritten(self) -> frozenset[fx.Node]:
+        """Primals the step writes to: late readers would find the new value in them."""
+        written = {
+            self.roots[node.args[0]]
+            for node in self.nodes
+            if node.target is torch.ops.aten.copy_.default and isinstance(node.args[0], fx.Node)
+        }
+        return frozenset(n for n in written if n.op == "placeholder")
+
+    def reads_overwritten(self, node: fx.Node) -> bool:
+        """Whether the node would see another value if it ran again late."""
+        return any(self.roots[a] in self.overwritten for a in node.all_input_nodes)
+
     def early_values(self) -> list[fx.Node]:
         """Early nodes that own memory (or are tuples of such), in order."""
         return [

@@ -54,7 +54,7 @@ OPS: dict[str, tuple[Callable[..., object], tuple[int, ...]]] = {
         lambda x: torch.stack([torch.cat([x.exp(), x.sin()], 1), torch.cat([x, x * x], 1)]).tanh(),
         (4, 3),
     ),
-    "split": (lambda x: [a.exp() * b.sin() for a, b in [x.split([2, 3], 1)[:1] * 2]], (4, 5)),
+    "split": (lambda x: [part.exp() * part for part in x.sin().split([2, 3], 1)], (4, 5)),
     "chunk": (lambda x: torch.mul(*x.exp().chunk(2, -1)).sin(), (4, 6)),
     "unbind": (lambda x: sum(part.exp() * part for part in x.sin().unbind(1)), (4, 3)),
     "index": (lambda x: x.exp()[torch.tensor([0, 2, 2, 1])].sin() * x[3], (4, 3)),
@@ -87,7 +87,6 @@ OPS: dict[str, tuple[Callable[..., object], tuple[int, ...]]] = {
     "roll, flip, repeat": (lambda x: x.exp().roll(1, 0).flip(1).repeat(2, 1).sin(), (4, 3)),
     "scalars": (lambda x: x.exp() / x.abs().sum().sqrt() + x.mean().tanh(), (4, 3)),
 }
-OPS["split"] = (lambda x: [part.exp() * part for part in x.sin().split([2, 3], 1)], (4, 5))
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -180,19 +179,19 @@ def test_a_function_with_inductor_too() -> None:
 # ---------------------------------------------------------------- every budget
 
 
-def test_twelve_budgets_give_one_gradient() -> None:
-    model, x = stack(4), [tensor(16, 8)]
+def test_eight_budgets_give_one_gradient_and_less_memory_never_costs_less_time() -> None:
+    model, x = stack(3), [tensor(16, 8)]
     wanted = expected(model, x)
     _, (least,) = planned(model, x, "min")
     seconds = []
-    for place in range(12):
-        budget = least.lowered + (least.inductor - least.lowered) * place // 11
+    for place in range(8):
+        budget = least.lowered + (least.inductor - least.lowered) * place // 7
         got, (report,) = planned(model, x, budget)
         assert_same(got, wanted)
         assert report.lowered <= budget
         assert report.predicted <= budget
         seconds.append(report.seconds)
-    assert seconds == sorted(seconds, reverse=True), "less memory never costs less time"
+    assert seconds == sorted(seconds, reverse=True)
 
 
 def test_the_reserve_is_taken_off_the_budget() -> None:
@@ -307,7 +306,7 @@ def test_a_value_tagged_must_save_is_never_recomputed() -> None:
     _, (report,) = planned(Checkpointed(context_fn=SELECTIVE["save products"]), x, "min")
     again = [move for move in report.moves if move.how != "keep"]
     assert not [move for move in again if "mm" in move.value]
-    assert "addmm" not in report.backward
+    assert "aten.addmm" not in report.backward
 
 
 def test_a_value_tagged_must_recompute_is_never_kept() -> None:

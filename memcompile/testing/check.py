@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from memcompile import _torch
 from memcompile.analysis.cost import FIXED
 from memcompile.analysis.ops import runs_twice
 from memcompile.contract import Context, Exactness, Pass, Proposal, Proposer, Rewrite
@@ -24,7 +25,6 @@ from memcompile.testing.running import (
     Captured,
     Float64,
     capture,
-    copy_module,
     interpret,
     run_joint,
     run_split,
@@ -130,7 +130,7 @@ class _Check:
 
     def rewrite(self) -> None:
         graph = self.graph
-        module = copy_module(graph.module)
+        module = _torch.copy_graph(graph.module)
         self.changed = self.pipeline.rewrite(module)
         if getattr(self.configured, "idempotent", False):
             self._once(module)
@@ -307,7 +307,7 @@ def _stored(step: Step, drafted: Drafted) -> int:
 
 def _predicted(graph: Captured, module: fx.GraphModule) -> tuple[int, fx.Node]:
     """The peak under Inductor's own split, and the node it is at."""
-    step = Captured(copy_module(module), graph.num_outputs, graph.static).step
+    step = Captured(_torch.copy_graph(module), graph.num_outputs, graph.static).step
     drafted = Draft(step, FIXED).under(Plan(_ground(step)))
     line = max((drafted.forward, drafted.backward), key=lambda line: line.peak)
     return line.peak, line.ops[line.at].node if line.ops else step.output

@@ -12,7 +12,7 @@ from torch import fx
 
 from memcompile import _torch
 from memcompile.analysis.ops import is_random
-from memcompile.compiler import _prepare
+from memcompile.compiler import prepare
 from memcompile.errors import PassError
 from memcompile.split import Split, inductor_split
 from memcompile.step import Step, hint
@@ -31,8 +31,8 @@ class Captured:
     @functools.cached_property
     def step(self) -> Step:
         """The graph as a proposer gets it."""
-        module = copy_module(self.module)
-        _prepare(module)
+        module = _torch.copy_graph(self.module)
+        prepare(module)
         return Step(module, self.num_outputs, self.static)
 
     def arguments(self) -> list[Any]:
@@ -64,7 +64,7 @@ def capture(
 
         def infer(module: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
             (output,) = module.graph.find_nodes(op="output")
-            found.append(Captured(copy_module(module), len(output.args[0])))
+            found.append(Captured(_torch.copy_graph(module), len(output.args[0])))
             return _recording(module, found[-1])
 
         def partition(
@@ -76,7 +76,7 @@ def capture(
             **__: Any,
         ) -> tuple[fx.GraphModule, fx.GraphModule]:
             static = tuple(static_lifetime_input_indices or ())
-            found.append(Captured(copy_module(module), num_fwd_outputs, static))
+            found.append(Captured(_torch.copy_graph(module), num_fwd_outputs, static))
             forwards.append(found[-1])
             cut, _saved = inductor_split(found[-1].step)
             return cut.forward, cut.backward
@@ -91,14 +91,6 @@ def capture(
     if not graphs:
         raise ValueError("torch.compile captured no graph: the function computes no tensor")
     return graphs
-
-
-def copy_module(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy whose nodes have the same names; parameters and constants are shared."""
-    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-    for node in module.graph.nodes:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-    return fx.GraphModule(module, graph)
 
 
 def interpret(
@@ -132,6 +124,7 @@ def run_split(graph: Captured, cut: Split) -> list[Result]:
     """Results of a forward and its backward."""
     step, args = graph.step, graph.arguments()
     returned, _ = interpret(cut.forward, args)
+    assert cut.backward is not None
     (output,) = cut.forward.graph.find_nodes(op="output")
     pairs = zip(output.args[0], returned, strict=True)
     known = {node.name: value for node, value in pairs if isinstance(node, fx.Node)}
