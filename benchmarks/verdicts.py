@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -191,7 +192,7 @@ def _monotone(found: Found) -> Verdict:
     limit = "predicted peak and time monotone in the budget, lowered peak to 2 %"
     rows = sorted(_ran(found), key=lambda row: -(row.budget or 0))
     falls: list[str] = []
-    for looser, tighter in zip(rows, rows[1:], strict=False):
+    for looser, tighter in itertools.pairwise(rows):
         if (tighter.predicted or 0) > (looser.predicted or 0):
             falls.append(f"predicted peak at {tighter.label}")
         if (tighter.added or 0) < (looser.added or 0):

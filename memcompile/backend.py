@@ -94,9 +94,7 @@ def _raises(error: MemcompileError) -> Callable[..., Any]:
 class _Job:
     """One captured graph on its way through torch."""
 
-    def __init__(
-        self, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
-    ) -> None:
+    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> None:
         self.gm, self.example_inputs, self.options = gm, example_inputs, options
         self.device = _device(gm, example_inputs)
         limit = options.limit

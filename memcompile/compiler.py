@@ -192,9 +192,7 @@ class Compiler:
     def _refusal(
         self, step: Step, ladder: Ladder, planner: Planner, least: Tried, budget: int
     ) -> BudgetError:
-        line = max(
-            (least.drafted.forward, least.drafted.backward), key=lambda t: t.peak
-        )
+        line = max((least.drafted.forward, least.drafted.backward), key=lambda t: t.peak)
         node = line.ops[line.at].node if line.ops else step.output
         return refusal(self.options, budget, least.peak, self.held, node, _suggestions(step, least))
 
@@ -369,5 +367,3 @@ def _device(step: Step) -> Any:
             if tensor.device.type != "cpu":
                 return tensor.device
     return "cpu"
-
-

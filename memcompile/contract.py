@@ -35,10 +35,6 @@ class Context:
     device: str = "cpu"
 
 
-
-
-
-
 class Pass(abc.ABC):
     """What both kinds share. Subclasses are frozen dataclasses with a ``name``."""
 

@@ -142,9 +142,7 @@ class Draft:
         return [
             node
             for node in self.step.nodes
-            if node in self.step.sides.early
-            and node.op == "call_function"
-            and node.is_impure()
+            if node in self.step.sides.early and node.op == "call_function" and node.is_impure()
         ]
 
     def _closure(self, roots: Iterable[fx.Node]) -> frozenset[fx.Node]:
@@ -217,18 +215,14 @@ class Draft:
         backward, late, saved, stored = self._draft_backward(plan)
         forward = self._draft_forward(plan, saved, stored)
         before = simulate(forward, self.before)
-        returned = self._returned - sum(
-            self.info[s].bytes for s in set(saved) & set(self.outputs)
-        )
+        returned = self._returned - sum(self.info[s].bytes for s in set(saved) & set(self.outputs))
         after = simulate(backward, self.before + returned)
         rate, launch = self.rates.memory, self.rates.launch
         seconds = before.seconds(rate, launch) + after.seconds(rate, launch)
         order = self.forward_order
         return Drafted(plan, before, after, saved, stored, order, late, seconds)
 
-    def _draft_forward(
-        self, plan: Plan, saved: list[fx.Node], stored: list[fx.Node]
-    ) -> list[Op]:
+    def _draft_forward(self, plan: Plan, saved: list[fx.Node], stored: list[fx.Node]) -> list[Op]:
         info = self.info
         encoded = [v for v, p in plan.rebuilt.items() if p.rebuild and p.rebuild.encode]
         extra = [n for n in (*saved, *encoded) if n not in self._forward_always]

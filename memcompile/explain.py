@@ -82,8 +82,8 @@ def _held_after(step: Step, drafted: Drafted) -> int:
     """Bytes alive when the forward has returned: inputs, outputs and what is saved."""
     roots = {*drafted.saved, *(step.roots[n] for n in step.node_outputs())}
     stored = sum(step.bytes(n) for n in drafted.stored)
-    return step.input_bytes() + stored + sum(
-        step.bytes(r) for r in roots if r.op == "call_function"
+    return (
+        step.input_bytes() + stored + sum(step.bytes(r) for r in roots if r.op == "call_function")
     )
 
 
@@ -137,8 +137,13 @@ def _largest(step: Step, drafted: Drafted) -> list[ValueRow]:
         shape, dtype = _shape(op.node)
         rows.append(
             ValueRow(
-                op.node.name, op_name(op.node), source_line(op.node), shape, dtype,
-                op.bytes, kinds.of(line, j),
+                op.node.name,
+                op_name(op.node),
+                source_line(op.node),
+                shape,
+                dtype,
+                op.bytes,
+                kinds.of(line, j),
             )
         )
     return rows
@@ -181,9 +186,7 @@ def _points(step: Step, drafted: Drafted) -> tuple[Point, ...]:
     return tuple(points)
 
 
-def _side_points(
-    side: str, line: Timeline, kinds: _Kinds, fixed: dict[str, int]
-) -> list[Point]:
+def _side_points(side: str, line: Timeline, kinds: _Kinds, fixed: dict[str, int]) -> list[Point]:
     """Sweep one side: a running total by kind, and the largest alive at each real op."""
     ops, n = line.ops, len(line.ops)
     dies: list[list[int]] = [[] for _ in range(n + 1)]

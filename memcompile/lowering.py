@@ -78,7 +78,9 @@ class Lowering:
         held.add(saved)
         between = max(held.bytes, fw.end)
         tangents = sum(
-            _bytes_of(n) for n in backward.graph.find_nodes(op="placeholder") if _torch.is_tangent(n)
+            _bytes_of(n)
+            for n in backward.graph.find_nodes(op="placeholder")
+            if _torch.is_tangent(n)
         )
         names = {n.name for n in held.owners(returned)}
         with _torch.donated_buffers(forward, backward, num_outputs):
@@ -161,9 +163,7 @@ class _Held:
 class Walk:
     """Replays the allocations, reuses and frees of one finished wrapper."""
 
-    def __init__(
-        self, graph: Any, owned: bool, lent: set[str], scratch: Scratch
-    ) -> None:
+    def __init__(self, graph: Any, owned: bool, lent: set[str], scratch: Scratch) -> None:
         self.graph, self.owned, self.lent, self.scratch = graph, owned, lent, scratch
         self.root: dict[str, str] = {}
         self.size: dict[str, int] = {}

@@ -9,7 +9,6 @@ import torch
 from torch import fx
 
 from memcompile import _torch
-from memcompile import _torch
 from memcompile.analysis.ops import runs_twice
 from memcompile.contract import Context, Pass, Proposal, Proposer, Rewrite
 from memcompile.errors import PassError

@@ -23,7 +23,6 @@ from memcompile.analysis.timeline import Kind
 from memcompile.contract import Proposal
 from memcompile.draft import Draft, Drafted, Plan
 
-debug=False
 #: Rungs a walk aims for, and drafts in all, by the size of the step.
 STEPS = 40
 
@@ -99,9 +98,7 @@ class Planner:
                 self.again[proposal.value] = None
             else:
                 self.others.setdefault(proposal.value, []).append(proposal)
-        self.candidates = [
-            v for v in self.again if draft.info[v].bytes > 0 and v not in bound
-        ]
+        self.candidates = [v for v in self.again if draft.info[v].bytes > 0 and v not in bound]
         self.is_candidate = frozenset(self.candidates)
         self.ladder = Ladder()
         self.seen: dict[object, Drafted] = {}
@@ -115,7 +112,6 @@ class Planner:
         self._walk_down(self.ground, self.limit // 3)
         seeds = self._segment_seeds()
         for number, seed in enumerate(seeds):
-            debug and print('seed',number,len(seed.kept),(self._try(seed).peak-self.draft.before)/1e6,self._try(seed).seconds)
             left = self.limit - self.drafts
             share = left // (2 * (len(seeds) - number) + 1)
             self._walk_down(seed, share // 2)

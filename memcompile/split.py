@@ -60,7 +60,40 @@ def split(step: Step, drafted: Drafted) -> Split:
     backward = _torch.thread_graphsafe_rng_from_hops(
         _torch.raise_getitems(backward), is_backward=True
     )
+    part_distant_sums(backward.graph)
+    backward.recompile()
     return Split(forward, backward)
+
+
+#: Nodes between a product and the other term of its sum that make the two "distant".
+DISTANT = 16
+
+
+def part_distant_sums(graph: fx.Graph) -> None:
+    """Keep Inductor from moving a product down to a sum far below it.
+
+    Inductor turns ``mm + x`` into one ``addmm`` where ``x`` is ready. With a tied weight,
+    ``x`` is the embedding's gradient, at the end of the backward, and the product's inputs
+    (the gradient of all logits) would live until then. ``x - (-mm)`` is the same sum, to
+    the bit, and not that pattern.
+    """
+    place = {node: number for number, node in enumerate(graph.nodes)}
+    aten = torch.ops.aten
+    for node in list(graph.nodes):
+        if node.target is not aten.add.Tensor or node.kwargs or len(node.args) != 2:
+            continue
+        for product, other in (node.args, node.args[::-1]):
+            if not (isinstance(product, fx.Node) and isinstance(other, fx.Node)):
+                continue
+            if product.target is not aten.mm.default or len(product.users) != 1:
+                continue
+            if place[other] - place[product] < DISTANT:
+                continue
+            with graph.inserting_after(product):
+                negative = graph.call_function(aten.neg.default, (product,))
+            negative.meta = {**product.meta}
+            node.target, node.args = aten.sub.Tensor, (other, negative)
+            break
 
 
 def rewrite_whole(step: Step, drafted: Drafted) -> fx.GraphModule:

@@ -57,5 +57,3 @@ def _returned(step: Step, drafted: Drafted) -> sympy.Expr:
     return sympy.Add(
         *(step.bytes_expr(r) for r in roots if r.op == "call_function" and r not in saved)
     )
-
-

@@ -222,9 +222,7 @@ class Honest(memcompile.Rewrite):
         changed = False
         for node in sines(module):
             with module.graph.inserting_before(node):
-                copied = module.graph.call_function(
-                    torch.ops.aten.clone.default, (node.args[0],)
-                )
+                copied = module.graph.call_function(torch.ops.aten.clone.default, (node.args[0],))
             copied.meta.update(node.args[0].meta)
             node.args = (copied,)
             changed = True

@@ -78,8 +78,10 @@ OPS: dict[str, tuple[Callable[..., object], tuple[int, ...]]] = {
     "fft": (lambda x: torch.fft.irfft(torch.fft.rfft(x.exp()) * 2).sin(), (3, 8)),
     "complex": (lambda x: torch.view_as_real(torch.exp(torch.complex(x, x.sin())) ** 2), (4, 3)),
     "losses": (
-        lambda x: F.cross_entropy(x.exp(), torch.arange(4) % 3, label_smoothing=0.1)
-        + F.smooth_l1_loss(x.sin(), x.detach()),
+        lambda x: (
+            F.cross_entropy(x.exp(), torch.arange(4) % 3, label_smoothing=0.1)
+            + F.smooth_l1_loss(x.sin(), x.detach())
+        ),
         (4, 3),
     ),
     "custom function": (lambda x: Double.apply(x.exp()).sin(), (4, 3)),
@@ -285,7 +287,10 @@ def policy(tags: dict[object, CheckpointPolicy], otherwise: CheckpointPolicy):
 
 SELECTIVE = {
     "save products": policy(
-        {aten.mm.default: CheckpointPolicy.MUST_SAVE, aten.addmm.default: CheckpointPolicy.MUST_SAVE},
+        {
+            aten.mm.default: CheckpointPolicy.MUST_SAVE,
+            aten.addmm.default: CheckpointPolicy.MUST_SAVE,
+        },
         CheckpointPolicy.PREFER_RECOMPUTE,
     ),
     "recompute gelu": policy(

@@ -127,8 +127,7 @@ def slope(model, x: torch.Tensor, budget, lower: str) -> tuple[float, float]:
         (gradient,) = torch.autograd.grad(loss(leaf), leaf)
     small = 1e-5
     ahead, behind = (
-        loss((leaf + sign * small * direction).detach().requires_grad_()).item()
-        for sign in (1, -1)
+        loss((leaf + sign * small * direction).detach().requires_grad_()).item() for sign in (1, -1)
     )
     return float((gradient * direction).sum()), (ahead - behind) / (2 * small)
 

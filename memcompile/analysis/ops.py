@@ -14,23 +14,12 @@ aten = torch.ops.aten
 
 #: Fusible ops that carry no ``pointwise`` tag, by name of their overload packet.
 POINTWISE = frozenset(
-    """
-    _to_copy arange clone constant_pad_nd convert_element_type copy embedding empty
-    empty_like expand fill full full_like gather index iota lift_fresh_copy masked_fill
-    new_empty new_full new_ones new_zeros ones ones_like rand_like scalar_tensor slice_scatter
-    select_scatter diagonal_scatter as_strided_scatter tril triu where zeros zeros_like
-    inductor_lookup_seed inductor_random inductor_randint _unsafe_index _unsafe_masked_index
-    flip roll repeat empty_strided fma broadcast_in_dim rev
-    """.split()
+    ["_to_copy", "arange", "clone", "constant_pad_nd", "convert_element_type", "copy", "embedding", "empty", "empty_like", "expand", "fill", "full", "full_like", "gather", "index", "iota", "lift_fresh_copy", "masked_fill", "new_empty", "new_full", "new_ones", "new_zeros", "ones", "ones_like", "rand_like", "scalar_tensor", "slice_scatter", "select_scatter", "diagonal_scatter", "as_strided_scatter", "tril", "triu", "where", "zeros", "zeros_like", "inductor_lookup_seed", "inductor_random", "inductor_randint", "_unsafe_index", "_unsafe_masked_index", "flip", "roll", "repeat", "empty_strided", "fma", "broadcast_in_dim", "rev"]
 )
 
 #: Ops that loop over more than they return; ``cat`` is here because its buffer is always real.
 REDUCTION = frozenset(
-    """
-    all amax amin any argmax argmin cat logsumexp max mean min norm prod std sum var var_mean
-    prepare_softmax_online xor_sum median _softmax _log_softmax max_pool2d_with_indices
-    _low_memory_max_pool_with_offsets avg_pool2d avg_pool3d
-    """.split()
+    ["all", "amax", "amin", "any", "argmax", "argmin", "cat", "logsumexp", "max", "mean", "min", "norm", "prod", "std", "sum", "var", "var_mean", "prepare_softmax_online", "xor_sum", "median", "_softmax", "_log_softmax", "max_pool2d_with_indices", "_low_memory_max_pool_with_offsets", "avg_pool2d", "avg_pool3d"]
 )
 
 #: Inductor will not compute these twice on a CPU (``should_realize_on_reuse``).

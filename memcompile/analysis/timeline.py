@@ -159,9 +159,7 @@ class Timeline:
         return [
             j
             for j, op in enumerate(self.ops)
-            if self.real.real[j]
-            and self.last[j] >= at
-            and (op.kind == Kind.SOURCE or j <= at)
+            if self.real.real[j] and self.last[j] >= at and (op.kind == Kind.SOURCE or j <= at)
         ]
 
     def seconds(self, bandwidth: float, launch: float) -> float:
