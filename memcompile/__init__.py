@@ -7,6 +7,7 @@ from memcompile.measure import Peak, measure_peak
 from memcompile.options import Options, OptionsError
 from memcompile.registry import available
 from memcompile.report import Report
+from memcompile.sizes import max_size
 from memcompile.step import Step
 from memcompile.store import reports
 from memcompile.version import __version__
@@ -28,6 +29,7 @@ __all__ = [
     "Step",
     "__version__",
     "available",
+    "max_size",
     "measure_peak",
     "rebuild",
     "reports",

@@ -177,7 +177,8 @@ def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     ``copy.deepcopy`` would copy what ``meta`` refers to, which may be tensors of the user.
     """
     graph = fx.Graph()
-    graph.output(graph.graph_copy(module.graph, env := {}), type_expr=None)
+    env: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(module.graph, env))
     (old,) = module.graph.find_nodes(op="output")
     (new,) = graph.find_nodes(op="output")
     new.args = fx.node.map_arg(old.args, env.__getitem__)
@@ -276,11 +277,6 @@ def compiler_config(module: fx.GraphModule) -> Any:
 def sizevar_hint(graph: GraphLowering, expression: Any) -> int:
     """The integer a size in a lowered graph stands for."""
     return int(graph.sizevars.optimization_hint(expression, fallback=UNKNOWN_SIZE))
-
-
-def hinted(size: Any) -> int:
-    """A size as an integer, symbolic or not."""
-    return size_hint(size) if isinstance(size, torch.SymInt) else int(size)
 
 
 def describe(value: Any) -> str:

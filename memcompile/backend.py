@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from memcompile import _torch, live, scratch, store
+from memcompile import _torch, live, scratch, sizes, store
 from memcompile.analysis.cost import calibrate
 from memcompile.compiler import Compiler, Outcome
 from memcompile.contract import Context
@@ -27,6 +27,7 @@ from memcompile.options import Options, format_bytes, warn_if_above_free
 from memcompile.pipeline import Pipeline
 from memcompile.registry import resolve
 from memcompile.report import Report
+from memcompile.step import hint
 from memcompile.version import __version__
 
 log = logging.getLogger(__name__)
@@ -138,6 +139,8 @@ class _Job:
         if self.report is None:
             self.report = store.load(self.graph_key) or self._missing()
         store.add(self.report)
+        if self.compiler.planner is not None and self.compiler.planner.draft.step.dynamic:
+            sizes.remember(self.report, self.compiler.planner)
         if self.report.kind != "training":
             return compiled
         label = self.report.name or f"graph {self.report.index}"
@@ -281,5 +284,5 @@ def _input_bytes(example_inputs: Sequence[Any]) -> int:
     total = 0
     for value in example_inputs:
         if isinstance(value, torch.Tensor) and value.layout == torch.strided:
-            total += _torch.hinted(value.numel()) * value.element_size()
+            total += hint(value.numel()) * value.element_size()
     return total

@@ -21,10 +21,11 @@ from memcompile.contract import Proposal
 from memcompile.draft import Draft, Drafted, Plan
 from memcompile.errors import BudgetError
 from memcompile.explain import Explained, explain
+from memcompile.ladder import Ladder, Rung
 from memcompile.lowering import Lowered, Lowering
 from memcompile.options import Budget, Options, format_bytes
 from memcompile.pipeline import Pipeline
-from memcompile.planner import Ladder, Planner, Rung
+from memcompile.planner import Planner
 from memcompile.split import Split, inductor_split, rewrite_whole, split
 from memcompile.step import Step, must_recompute, must_save, source_line
 
@@ -56,6 +57,7 @@ class Compiler:
         self.options, self.pipeline, self.lowering = options, pipeline, lowering
         self.held = held
         self.notes: list[str] = []
+        self.planner: Planner | None = None  #: of the last training step, to plan it anew
 
     @property
     def fused(self) -> bool:
@@ -75,7 +77,7 @@ class Compiler:
         step = Step(module, num_outputs, static)
         own, saved = inductor_split(step)
         proposals = self.pipeline.propose(step)
-        planner = self._planner(step, own, saved, proposals)
+        planner = self.planner = self._planner(step, own, saved, proposals)
         ground = planner.ground_draft
         first = Tried(ground, own, self._lower(step, own, ground))
         if _redraws(step.module) or _reads_stale(step, own):

@@ -33,6 +33,7 @@ class Explained:
     seconds: float
     step_seconds: float
     peak_expression: str
+    symbols: dict[str, int]
     moves: tuple[MoveRow, ...]
     largest: tuple[ValueRow, ...]
     timeline_before: tuple[Point, ...]
@@ -67,6 +68,7 @@ def explain(
         seconds=after.seconds - before.seconds,
         step_seconds=before.seconds,
         peak_expression=str(peak_expression(step, after)) if step.dynamic else "",
+        symbols={str(symbol): value for symbol, value in step.symbols().items()},
         moves=tuple(_moves(step, before, after, proposals)),
         largest=tuple(_largest(step, after)),
         timeline_before=_points(step, before),

@@ -124,7 +124,7 @@ def fingerprint(graph: fx.Graph) -> list[tuple[object, ...]]:
     number = {node: place for place, node in enumerate(graph.nodes)}
 
     def shown(arg: object) -> str:
-        return repr(fx.node.map_arg(arg, lambda node: f"%{number[node]}"))  # type: ignore[arg-type]
+        return repr(fx.node.map_arg(arg, lambda node: f"%{number[node]}"))
 
     return [(n.op, str(n.target), shown(n.args), shown(n.kwargs)) for n in graph.nodes]
 
@@ -136,8 +136,10 @@ def output_types(graph: fx.Graph) -> list[object]:
     types: list[object] = []
     for leaf in leaves:
         value = leaf.meta.get("val") if isinstance(leaf, fx.Node) else None
-        known = isinstance(value, torch.Tensor)
-        types.append((value.dtype, tuple(map(str, value.shape))) if known else None)
+        if isinstance(value, torch.Tensor):
+            types.append((value.dtype, tuple(map(str, value.shape))))
+        else:
+            types.append(None)
     return types
 
 

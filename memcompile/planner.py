@@ -13,7 +13,6 @@ Segments: Chen et al. 2016, §3; greedy by bytes a second: cf. Kirisame et al. 2
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 from collections.abc import Iterable, Sequence
 
@@ -22,6 +21,7 @@ from torch import fx
 from memcompile.analysis.timeline import Kind
 from memcompile.contract import Proposal
 from memcompile.draft import Draft, Drafted, Plan
+from memcompile.ladder import Ladder, Rung
 
 #: Rungs a walk aims for, and drafts in all, by the size of the step.
 STEPS = 40
@@ -30,46 +30,6 @@ STEPS = 40
 def draft_limit(nodes: int) -> int:
     """How many drafts planning may cost: a draft takes about ten microseconds a node."""
     return max(500, min(3000, 60_000 // max(nodes, 1)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Rung:
-    """One plan of the ladder."""
-
-    peak: int  #: total bytes
-    seconds: float  #: of the whole step
-    plan: Plan
-
-
-class Ladder:
-    """Plans none of which another beats: peaks fall as seconds rise."""
-
-    def __init__(self) -> None:
-        self.rungs: list[Rung] = []
-
-    def offer(self, rung: Rung) -> bool:
-        """Add a rung unless one is at least as good in both; drop those it beats."""
-        place = bisect.bisect_right(self.rungs, rung.peak, key=lambda r: r.peak)
-        if place and self.rungs[place - 1].seconds <= rung.seconds:
-            return False
-        start = place
-        if start and self.rungs[start - 1].peak == rung.peak:
-            start -= 1
-        stop = start
-        while stop < len(self.rungs) and self.rungs[stop].seconds >= rung.seconds:
-            stop += 1
-        self.rungs[start:stop] = [rung]
-        return True
-
-    def fit(self, budget: int) -> Rung | None:
-        """The cheapest rung whose peak is at most ``budget`` bytes."""
-        place = bisect.bisect_right(self.rungs, budget, key=lambda r: r.peak)
-        return self.rungs[place - 1] if place else None
-
-    @property
-    def floor(self) -> Rung:
-        """The rung of the least peak."""
-        return self.rungs[0]
 
 
 class Planner:
@@ -90,6 +50,7 @@ class Planner:
         bound: frozenset[fx.Node] = frozenset(),
     ) -> None:
         self.draft, self.ground, self.bound = draft, ground, bound
+        self.proposals = proposals
         self.limit = draft_limit(len(draft.step.nodes))
         self.again: dict[fx.Node, None] = {}
         self.others: dict[fx.Node, list[Proposal]] = {}

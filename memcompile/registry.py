@@ -69,11 +69,8 @@ def resolve(given: str | Sequence[str | Pass] | None) -> list[Pass]:
     Raises:
         PassError: an unknown name or option, or two passes of one name.
     """
-    items: Iterable[str | Pass]
-    if given is None:
-        items = ["default"]
-    else:
-        items = [given] if isinstance(given, str) else given
+    given = "default" if given is None else given
+    items: Iterable[str | Pass] = [given] if isinstance(given, str) else given
     passes: list[Pass] = []
     for item in items:
         passes.extend(_parse(item) if isinstance(item, str) else [item])

@@ -91,6 +91,7 @@ class Report:
     seconds: float = 0.0  #: predicted seconds added to Inductor's step
     step_seconds: float = 0.0  #: predicted seconds of Inductor's step
     peak_expression: str = ""  #: symbolic predicted peak, e.g. "48*s0**2 + 1024"
+    symbols: dict[str, int] = dataclasses.field(default_factory=dict)  #: as traced
     moves: tuple[MoveRow, ...] = ()
     passes: tuple[Ran, ...] = ()
     largest: tuple[ValueRow, ...] = ()

@@ -140,7 +140,7 @@ class _Writer:
                 self.late[item.value] = self._decode(item.rebuild)
 
     def _module(self, results: tuple[object, ...]) -> fx.GraphModule:
-        output = self.graph.output(results)  # type: ignore[arg-type]
+        output = self.graph.output(results)
         output.meta.update(self.step.output.meta)
         module = fx.GraphModule(self.step.module, self.graph)
         module.meta.update(self.step.module.meta)

@@ -145,6 +145,7 @@ class Step:
         late_from: fx.Node | None = None,
     ) -> None:
         self.late_from = late_from
+        self.sizes: dict[sympy.Symbol, int] = {}  #: other values for symbols, to plan for
         self.module = module
         self.graph = module.graph
         self.num_outputs = num_outputs
@@ -221,7 +222,30 @@ class Step:
 
     @functools.cached_property
     def _bytes(self) -> Any:
-        return functools.cache(lambda node: sum(hint(tensor_size(t)) for t in tensors(node)))
+        def count(node: fx.Node) -> int:
+            if self.sizes:
+                return int(self.bytes_expr(node).subs(self.sizes))
+            return sum(hint(tensor_size(t)) for t in tensors(node))
+
+        return functools.cache(count)
+
+    def at(self, sizes: dict[sympy.Symbol, int]) -> Step:
+        """The same step with other values for its symbolic sizes."""
+        static = [place for place, node in enumerate(self.primals) if node in self.static]
+        other = Step(self.module, self.num_outputs, static, self.late_from)
+        other.sizes = self.symbols() | sizes
+        return other
+
+    def symbols(self) -> dict[sympy.Symbol, int]:
+        """Symbolic sizes of the inputs, with the values they were traced at."""
+        found: dict[sympy.Symbol, int] = {}
+        for node in self.placeholders:
+            for tensor in tensors(node):
+                for size in tensor.shape:
+                    expression = size_expr(size)
+                    if isinstance(expression, sympy.Symbol):
+                        found[expression] = hint(size)
+        return found
 
     def bytes_expr(self, node: fx.Node) -> sympy.Expr:
         """Bytes of the tensors a node produces, symbolic sizes kept."""
@@ -234,11 +258,20 @@ class Step:
 
     def input_bytes(self) -> int:
         """Bytes of primals, each storage once: what lives before the step."""
-        return _unique_bytes(self.primals)
+        return self._unique_bytes(self.primals)
 
     def static_bytes(self) -> int:
         """The part of :meth:`input_bytes` that is parameters and buffers."""
-        return _unique_bytes([p for p in self.primals if p in self.static])
+        return self._unique_bytes([p for p in self.primals if p in self.static])
+
+    def _unique_bytes(self, nodes: Iterable[fx.Node]) -> int:
+        """Bytes of the nodes' tensors; tied or aliased inputs share a fake storage."""
+        seen: dict[Any, int] = {}
+        for node in nodes:
+            for tensor in tensors(node):
+                key = _torch.storage_key(tensor)
+                seen[key] = max(seen.get(key, 0), self.bytes(node))
+        return sum(seen.values())
 
     def node_outputs(self) -> Iterator[fx.Node]:
         """The forward's outputs that are nodes."""
@@ -251,13 +284,3 @@ class Step:
 
 def _node_or_none(value: Any) -> fx.Node | None:
     return value if isinstance(value, fx.Node) else None
-
-
-def _unique_bytes(nodes: Iterable[fx.Node]) -> int:
-    """Bytes of the nodes' tensors; tied or aliased inputs share a fake storage."""
-    seen: dict[Any, int] = {}
-    for node in nodes:
-        for tensor in tensors(node):
-            key = _torch.storage_key(tensor)
-            seen[key] = max(seen.get(key, 0), hint(tensor_size(tensor)))
-    return sum(seen.values())

@@ -67,7 +67,9 @@ def materialise(ops: Sequence[Op]) -> Real:
             users[i] += 1
             if op.kind >= Kind.EXTERN:
                 hard[i] = True
-    real, reads, seconds = [False] * n, [None] * n, [0.0] * n  # type: ignore[var-annotated]
+    real = [False] * n
+    reads: list[set[int] | None] = [None] * n
+    seconds = [0.0] * n
     level = [0] * n
     for j, op in enumerate(ops):
         if op.kind == Kind.SOURCE:

@@ -1,0 +1,48 @@
+"""Plans none of which another beats, from the least peak up."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+
+from memcompile.draft import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Rung:
+    """One plan of the ladder."""
+
+    peak: int  #: total bytes
+    seconds: float  #: of the whole step
+    plan: Plan
+
+
+class Ladder:
+    """Plans none of which another beats: peaks fall as seconds rise."""
+
+    def __init__(self) -> None:
+        self.rungs: list[Rung] = []
+
+    def offer(self, rung: Rung) -> bool:
+        """Add a rung unless one is at least as good in both; drop those it beats."""
+        place = bisect.bisect_right(self.rungs, rung.peak, key=lambda r: r.peak)
+        if place and self.rungs[place - 1].seconds <= rung.seconds:
+            return False
+        start = place
+        if start and self.rungs[start - 1].peak == rung.peak:
+            start -= 1
+        stop = start
+        while stop < len(self.rungs) and self.rungs[stop].seconds >= rung.seconds:
+            stop += 1
+        self.rungs[start:stop] = [rung]
+        return True
+
+    def fit(self, budget: int) -> Rung | None:
+        """The cheapest rung whose peak is at most ``budget`` bytes."""
+        place = bisect.bisect_right(self.rungs, budget, key=lambda r: r.peak)
+        return self.rungs[place - 1] if place else None
+
+    @property
+    def floor(self) -> Rung:
+        """The rung of the least peak."""
+        return self.rungs[0]
