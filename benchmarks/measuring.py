@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -111,11 +112,10 @@ class Measuring:
         self._add(Row(CHECKPOINTED, "peer"), lambda: sides.compiled(split, CHECKPOINTED))
         for budget in self.plan.activation_budgets:
             label = f"activation_memory_budget {budget:g}"
-            row = self._add(
-                Row(label, "peer"), lambda budget=budget, label=label: sides.compiled(
-                    subject, label, activation_memory_budget=budget
-                )
-            )  # fmt: skip
+            build = functools.partial(
+                sides.compiled, subject, label, activation_memory_budget=budget
+            )
+            row = self._add(Row(label, "peer"), build)
             if row.numbers is not None and gradients_wrong(row.numbers):
                 del self.sides[label]
                 off = row.numbers.difference
@@ -147,7 +147,7 @@ class Measuring:
     def _memopt(self, label: str, kind: Kind, budget: int | str | None) -> Row:
         """One of ours; a ``budget`` in bytes is a step peak."""
         name = f"{self.subject.name} {self.found.scale}: {label}"
-        options: dict[str, object] = {"name": name}
+        options: dict[str, int | str] = {"name": name}
         row = Row(label, kind)
         if isinstance(budget, int):
             row.budget = budget
@@ -187,8 +187,10 @@ class Measuring:
 
         ratios = iter(sides.time_pairs(pairs, self.plan.pairs, after_round))
         self.found.noise = self.found.inductor.time = next(ratios)
-        for item in (*rows, *duels):
-            item.time = next(ratios)
+        for row in rows:
+            row.time = next(ratios)
+        for duel in duels:
+            duel.time = next(ratios)
 
 
 def read(report: Report, row: Row) -> None:

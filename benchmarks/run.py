@@ -21,13 +21,13 @@ import dataclasses  # noqa: E402
 import datetime  # noqa: E402
 import json  # noqa: E402
 import platform  # noqa: E402
-from collections.abc import Sequence  # noqa: E402
+from collections.abc import Callable, Sequence  # noqa: E402
 
 import torch  # noqa: E402
 from measuring import Plan, measure  # noqa: E402
 from records import Found, Where  # noqa: E402
 from rich.console import Console  # noqa: E402
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: E402
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn  # noqa: E402
 from subjects import SUBJECTS  # noqa: E402
 from tables import markdown, show  # noqa: E402
 from verdicts import Verdict, judge, tally  # noqa: E402
@@ -52,11 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             console=console, transient=True,
         ) as progress:  # fmt: skip
             bar = progress.add_task(name, total=1)
-
-            def tell(doing: str, share: float, progress: Progress = progress, bar=bar) -> None:
-                progress.update(bar, description=doing, completed=share)
-
-            found = measure(subject, args.scale, args.plan, tell)
+            found = measure(subject, args.scale, args.plan, teller(progress, bar))
         del subject
         results.append(found)
         own = judge(found)
@@ -64,6 +60,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         show(console, found, own)
         write(args, place, results, verdicts)
     console.print(f"limits: {tally(verdicts)}")
+
+
+def teller(progress: Progress, bar: TaskID) -> Callable[[str, float], None]:
+    """Moves the bar."""
+
+    def tell(doing: str, share: float) -> None:
+        progress.update(bar, description=doing, completed=share)
+
+    return tell
 
 
 def write(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -92,7 +92,7 @@ def compiled(
     subject: Subject,
     label: str,
     backend: str = "inductor",
-    options: Mapping[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
     activation_memory_budget: float | None = None,
 ) -> Side:
     """A copy of the subject, compiled as one graph; forward and backward have run once.

@@ -22,6 +22,7 @@ LOWERED = 0.02
 GRADIENTS = 1.5  #: error over Inductor's own
 SAME_MASKS = 1e-3  #: gradients of another mask are tens of percent away
 SCHEDULINGS = 3
+TOO_NOISY = 0.10  #: equal sides this far apart say nothing about limits on time
 CHECKPOINTED = "checkpointed, Inductor"
 
 
@@ -61,6 +62,8 @@ def _time(limit: str, ratio: Ratio | None, bound: float, noise: float) -> Verdic
     """A limit on time is missed only beyond the noise of equal sides."""
     if ratio is None:
         return _verdict(limit, None, "–")
+    if noise > TOO_NOISY:
+        return _verdict(limit, None, f"{ratio}, noise ±{noise:.3f}: too much to tell")
     status: Status = "met"
     if ratio.median > bound:
         status = "within noise" if ratio.median <= bound + noise else "missed"
@@ -133,7 +136,7 @@ def _shares(found: Found) -> list[Verdict]:
         if row is not None and row.peak is None:
             verdicts.append(_verdict(limit, False, row.note))
         else:
-            verdicts.append(_time(limit, row and row.time, bound, found.noise_margin))
+            verdicts.append(_time(limit, row.time if row else None, bound, found.noise_margin))
     return verdicts
 
 

@@ -245,6 +245,9 @@ class _Hook:
     def __deepcopy__(self, memo: object) -> _Hook:
         return self
 
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (self.uuid(),)
+
     def __repr__(self) -> str:
         return f"<memopt {self.job.key[:12]}>"
 
