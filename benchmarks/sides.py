@@ -192,7 +192,7 @@ def compare(
     size = norm(theirs)
     difference = norm([a - b for a, b in zip(ours, theirs, strict=True)])
     far = abs(float(loss) / float(their_loss) - 1)
-    found = Numbers(torch.equal(loss, their_loss), far, difference / size)
+    found = Numbers(torch.equal(loss, their_loss), far, difference / (size or 1.0))
     if truth is None:
         return found
     names = ["loss", *(name for name, _ in side.module.named_parameters())]
@@ -203,11 +203,13 @@ def compare(
     largest = max(sizes[1:])
     judged = [i for i, s in enumerate(sizes) if i == 0 or s >= SMALL * largest]
     ratios = {
-        i: max(our_error[i], RESOLUTION * sizes[i]) / max(their_error[i], RESOLUTION * sizes[i])
+        i: max(our_error[i], floor) / max(their_error[i], floor)
         for i in judged
+        if (floor := RESOLUTION * sizes[i])
     }
     worst = max(ratios, key=ratios.__getitem__)
-    found.error = _root(our_error[1:]) / _root(their_error[1:])
+    least = RESOLUTION * _root(sizes[1:]) or 1.0
+    found.error = max(least, _root(our_error[1:])) / max(least, _root(their_error[1:]))
     found.worst, found.worst_name = ratios[worst], names[worst]
     found.unjudged = tuple(names[i] for i in range(len(names)) if i not in ratios)
     return found
@@ -224,4 +226,4 @@ def norm(tensors: Sequence[Tensor]) -> float:
 
 
 def _root(norms: Sequence[float]) -> float:
-    return sum(x * x for x in norms) ** 0.5 or 1e-300
+    return sum(x * x for x in norms) ** 0.5

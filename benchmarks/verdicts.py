@@ -103,7 +103,7 @@ def _lowered(found: Found) -> Verdict:
 
 def _feasible(found: Found) -> Verdict:
     rows = found.of_kind("budget")
-    needed = math.floor(FEASIBLE * len(rows))
+    needed = max(1, math.floor(FEASIBLE * len(rows)))
     met = sum(row.peak is not None for row in rows)
     failed = [row for row in found.rows if row.failed]
     text = f"{met} of {len(rows)}"
@@ -148,8 +148,9 @@ def _duels(found: Found) -> list[Verdict]:
     verdicts = []
     for duel in found.duels:
         limit = f"time ≤ that of {duel.peer}, at its peak"
-        if duel.time is None:
-            verdicts.append(_verdict(limit, False, found.row(duel.ours).note))
+        ours = found.row(duel.ours)
+        if ours.peak is None:
+            verdicts.append(_verdict(limit, False, ours.note))
         else:
             verdicts.append(_time(limit, duel.time, 1.0, found.noise_margin))
     return verdicts

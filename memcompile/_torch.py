@@ -315,6 +315,16 @@ class _Chain(CustomGraphPass):
         return tuple(ids) if all(ids) else None
 
 
+def keeps_tensors(node: Any) -> bool:
+    """Whether an autograd node saves tensors, asked without unpacking them."""
+    return hasattr(type(node), "_raw_saved_tensors")
+
+
+def raw_saved(node: Any) -> Any:
+    """What an autograd node saves, packed. Raises ``RuntimeError`` once it was freed."""
+    return node._raw_saved_tensors
+
+
 def boxed(gm: fx.GraphModule) -> Callable[..., Any]:
     """A graph run op by op, that lets go of its inputs as it reads them for the last time."""
     interpreter = fx.Interpreter(gm)

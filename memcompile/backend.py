@@ -55,17 +55,14 @@ def memopt(
         options: see :class:`memcompile.Options`.
         mode: one of torch's modes, where no options are given.
 
-    Raises:
-        OptionsError: an option is unknown or out of range.
-
-    A :class:`memcompile.BudgetError`, or a pass's error under ``strict``, is raised when
-    the compiled graph is first called, before any of it runs: torch would wrap what a
-    backend raises, or run the model eagerly over its budget.
+    An :class:`OptionsError`, a :class:`memcompile.BudgetError`, or a pass's error under
+    ``strict``, is raised when the compiled graph is first called, before any of it runs:
+    torch would wrap what a backend raises, or run the model eagerly over its budget.
     """
-    parsed = Options.parse(options)
-    if mode is not None and mode != "default":
-        parsed = dataclasses.replace(parsed, mode=mode)
     try:
+        parsed = Options.parse(options)
+        if mode is not None and mode != "default":
+            parsed = dataclasses.replace(parsed, mode=mode)
         return _Job(gm, example_inputs, parsed).compile()
     except Exception as error:
         own = _own_error(error)

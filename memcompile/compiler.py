@@ -76,15 +76,15 @@ class Compiler:
         prepare(module)
         step = Step(module, num_outputs, static)
         own, saved = inductor_split(step)
+        recut = _redraws(step.module) or _reads_stale(step, own)
         proposals = self.pipeline.propose(step)
         planner = self.planner = self._planner(step, own, saved, proposals)
         ground = planner.ground_draft
-        first = Tried(ground, own, self._lower(step, own, ground))
-        if _redraws(step.module) or _reads_stale(step, own):
+        if recut:
             # Stock torch draws anew (pytorch #190758) or reads an input after the step has
             # written to it: Inductor's choice of what to save is cut by us instead.
-            again = split(step, ground)
-            first = Tried(ground, again, self._lower(step, again, ground))
+            own = split(step, ground)
+        first = Tried(ground, own, self._lower(step, own, ground))
         budget = self._budget(step, first.peak)
         chosen, ladder = first, None
         if budget is None and self.options.limit.kind != "min":
@@ -173,9 +173,7 @@ class Compiler:
             if fits is not None:
                 return fits
             target = before - self.held + int(0.97 * room / max(error, 1e-9))
-            tighter = ladder.fit(min(target, rung.peak - 1))
-            if tighter is None:
-                tighter = ladder.floor
+            tighter = ladder.fit(min(target, rung.peak - 1)) or ladder.floor
             if tighter.plan.key() == rung.plan.key():
                 break
             rung = tighter
@@ -253,6 +251,7 @@ class Compiler:
 
     def _whole_planner(self, step: Step, proposals: list[Proposal]) -> Planner:
         again = _whole_tuples(frozenset(p.value for p in proposals if p.rebuild is None))
+        again -= {n for n in again if step.reads_overwritten(n)}
         draft = Draft(step, calibrate(_device(step)), again, self.fused)
         kept = frozenset(n for n in draft.needed_late if n.op == "call_function")
         return Planner(draft, Plan(kept), proposals)
@@ -297,7 +296,7 @@ def refusal(
     if held:
         lines.append(f"of it, {format_bytes(held)} are held by graphs compiled before this one")
     lines += hints
-    lines.append(f"a budget of {format_bytes(floor + reserve)} or more is met")
+    lines.append(f"budget={floor + reserve} (bytes) is the least known to be met")
     return BudgetError("\n".join(lines), budget=budget, floor=floor, node=node.name, source=where)
 
 

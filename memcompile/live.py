@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
+from memcompile import _torch
 
-@dataclasses.dataclass
+
+@dataclasses.dataclass(eq=False)
 class _Graph:
     """One compiled training graph and the last call whose backward may be due."""
 
@@ -24,12 +26,8 @@ class _Graph:
     last: weakref.ref[Any] | None = None
 
 
-_graphs: list[_Graph] = []
-
-
-def forget() -> None:
-    """Drop all graphs, as ``torch._dynamo.reset()`` does."""
-    _graphs.clear()
+#: Graphs that are still callable: each lives as long as its compiled function.
+_graphs: weakref.WeakSet[_Graph] = weakref.WeakSet()
 
 
 def held() -> tuple[int, list[str]]:
@@ -43,7 +41,7 @@ def _is_due(graph: _Graph) -> bool:
     if node is None:
         return False
     try:
-        return bool(node.saved_tensors)
+        return bool(_torch.raw_saved(node))
     except RuntimeError:  # freed: its backward has run
         return False
 
@@ -51,13 +49,13 @@ def _is_due(graph: _Graph) -> bool:
 def watch(compiled: Callable[..., Any], label: str, size: int) -> Callable[..., Any]:
     """``compiled``, remembering the autograd node of its last call."""
     graph = _Graph(label, size)
-    _graphs.append(graph)
+    _graphs.add(graph)
 
     def run(*args: Any) -> Any:
         results = compiled(*args)
         for leaf in results if isinstance(results, (list, tuple)) else (results,):
             node = leaf.grad_fn if isinstance(leaf, torch.Tensor) else None
-            if node is not None and hasattr(node, "saved_tensors"):
+            if node is not None and _torch.keeps_tensors(node):
                 graph.last = weakref.ref(node)
                 break
         return results

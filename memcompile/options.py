@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 
 from memcompile import _torch
+from memcompile.errors import MemcompileError
 
 #: Bytes in each unit a user may write, by its lower-case spelling.
 UNITS: Mapping[str, int] = {
@@ -41,7 +42,7 @@ _PASSES_ALLOWED = 'None, text such as "recompute" or "default,mine", or a list o
 _LOWERINGS = ("inductor", "eager")
 
 
-class OptionsError(ValueError):
+class OptionsError(MemcompileError, ValueError):
     """An option that is unknown, of the wrong type, or out of range."""
 
     def __init__(self, option: str, value: object, allowed: str) -> None:

@@ -205,7 +205,7 @@ def test_the_models_own_error_is_the_users() -> None:
     def step(x: torch.Tensor) -> torch.Tensor:
         return x.exp() @ x
 
-    with pytest.raises(Exception, match="size|shape|mat1"):
+    with pytest.raises(Exception, match=r"size|shape|mat1"):
         memopt(step, "min")(tensor(4, 3))
 
 
@@ -357,7 +357,7 @@ FAULTY = {
     DropsAnOutput: "outputs",
     ForgetsTheFakeValue: "meta",
     AnswersNone: "None",
-    ReplacesTheGraph: "raised|outputs",
+    ReplacesTheGraph: "inputs|outputs",
     RaisesWhileProposing: "ZeroDivisionError",
     ProposesWhatIsLate: "not an early value",
     ProposesNonsense: "raised",
@@ -465,7 +465,7 @@ def test_the_floor_an_error_names_is_a_budget_that_is_met() -> None:
 
 def test_the_floor_includes_the_reserve_that_was_asked_for() -> None:
     model, x = stack(2), [tensor(64, 8)]
-    with pytest.raises(BudgetError, match="reserve=4.00 KiB") as caught:
+    with pytest.raises(BudgetError, match=r"reserve=4\.00 KiB") as caught:
         planned(model, x, "8KiB", reserve="4KiB")
     _, (report,) = planned(model, x, caught.value.floor + 4096, reserve="4KiB")
     assert report.lowered <= caught.value.floor
@@ -508,5 +508,5 @@ def test_a_bad_option_is_an_error_the_user_can_catch(options, suppress: bool) ->
 
 
 def test_options_are_checked_without_compiling() -> None:
-    with pytest.raises(OptionsError, match="budge.*did you mean"):
+    with pytest.raises(OptionsError, match=r"budge.*did you mean"):
         memcompile.Options.parse({"budge": 1})

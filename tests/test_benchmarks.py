@@ -86,6 +86,10 @@ def test_time_is_missed_only_beyond_the_noise() -> None:
         made.duels[0].time = ratio(median)
         assert statuses(made)[limit] == status
     assert statuses(found(noise=ratio(1.0, 2.0)))[limit] == "not measured"
+    made.duels[0].time = None  # asked for no pairs
+    assert statuses(made)[limit] == "not measured"
+    made.row("budget 2").peak = None  # refused: the peer reaches what we do not
+    assert statuses(made)[limit] == "missed"
 
 
 def test_budgets_are_even_and_include_both_ends() -> None:
@@ -104,7 +108,7 @@ def test_a_run(
 
     def tiny(scale, dtype=torch.float32, device="cpu"):
         torch.manual_seed(0)
-        model = subjects.Llama(2, 16, 2, 40, 32, 32)
+        model = subjects.Llama(1, 16, 2, 40, 32, 32)
         tokens = torch.randint(32, (2, 33))
         return subjects.Subject("tiny", model, (tokens,), list(model.blocks))
 

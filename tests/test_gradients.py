@@ -111,7 +111,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "multi-head attention": (lambda: Attention(), (2, 5, 8)),
     "transformer layer": (
-        lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=True),
+        lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True),
         (2, 5, 8),
     ),
     "recurrent": (lambda: Recurrent(), (2, 4, 3)),

@@ -116,6 +116,11 @@ def test_against_exhaustive_search() -> None:
     assert min(ratios) >= 1 - 1e-9, "nothing beats the best of all plans"
 
 
+def test_moves_that_pay_only_together_are_found() -> None:
+    """Two readers of one cheap value: keeping it instead of both pays, instead of one does not."""
+    assert costs_beside_the_best(210, most=14)
+
+
 @pytest.mark.slow
 def test_against_exhaustive_search_with_many_candidates() -> None:
     ratios = [ratio for seed in range(100, 104) for ratio in costs_beside_the_best(seed, most=12)]
