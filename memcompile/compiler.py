@@ -28,6 +28,7 @@ from memcompile.pipeline import Pipeline
 from memcompile.planner import Planner
 from memcompile.split import Split, inductor_split, rewrite_whole, split
 from memcompile.step import Step, must_recompute, must_save, source_line
+from memcompile.symbolic import peak_expressions
 
 #: Schedulings of one graph, Inductor's own included.
 TRIES = 3
@@ -179,6 +180,7 @@ class Compiler:
             rung = tighter
         if fits is not None:
             return fits
+        self._guard_refusal(step, least, budget)
         raise self._refusal(step, ladder, planner, least, budget)
 
     def _try(self, step: Step, planner: Planner, rung: Rung) -> Tried:
@@ -200,12 +202,19 @@ class Compiler:
         """Make "the symbolic peak fits" a guard, so that lengths that fit share the plan."""
         if budget is None or not step.dynamic:
             return
-        from memcompile.symbolic import peak_expressions
-
         room = budget - self.held
-        for expression, value in peak_expressions(step, chosen.drafted):
-            lowered = max(chosen.peak - self.held, value)
-            _torch.guard_fits(expression * lowered <= max(room, lowered) * value)
+        pairs = peak_expressions(step, chosen.drafted)
+        most = max((value for _, value in pairs), default=0)
+        for expression, _ in pairs:
+            _torch.guard_fits(expression * (chosen.peak - self.held) <= room * most)
+
+    def _guard_refusal(self, step: Step, least: Tried, budget: int) -> None:
+        """Make "no plan fits" a guard: the refusal of one length is not another's."""
+        if not step.dynamic:
+            return
+        room = budget - self.held
+        expression, value = max(peak_expressions(step, least.drafted), key=lambda pair: pair[1])
+        _torch.guard_fits(expression * (least.peak - self.held) > room * value)
 
     # -- graphs that are not split ------------------------------------------------------
 

@@ -2,41 +2,74 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+
 import sympy
 from torch import fx
 
-from memcompile.analysis.timeline import Timeline
+from memcompile.analysis.timeline import Kind, Timeline
 from memcompile.draft import Drafted
 from memcompile.step import Step
 
 
 def peak_expressions(step: Step, drafted: Drafted) -> list[tuple[sympy.Expr, int]]:
-    """For each side, its peak as an expression, with its value at the hinted sizes."""
-    before = input_expression(step)
-    found: dict[sympy.Expr, int] = {}
+    """Expressions whose maximum is the peak, at any size, with their values at the hints.
+
+    Every moment of both sides is a sum of monomials with positive coefficients; those that
+    another moment beats in every coefficient are left out.
+    """
+    tops: list[Counter[sympy.Expr]] = []
+    start = _monomials(input_expression(step))
     for line in (drafted.forward, drafted.backward):
-        if line.ops:
-            expression = before + alive_expression(step, line, line.at)
-            if line is drafted.backward:
-                expression += _returned(step, drafted)
-            found[sympy.expand(expression)] = line.peak
-    return list(found.items())
+        total = Counter(start)
+        if line is drafted.backward:
+            total.update(_monomials(_returned(step, drafted)))
+        for moment in _moments(step, line, total):
+            if any(_beats(top, moment) for top in tops):
+                continue
+            tops = [top for top in tops if not _beats(moment, top)]
+            tops.append(Counter(moment))
+    hints = step.symbols()
+    found = [sympy.Add(*(m * c for m, c in top.items())) for top in tops]
+    return [(expression, int(expression.subs(hints))) for expression in found]
+
+
+def _moments(
+    step: Step, line: Timeline, total: Counter[sympy.Expr]
+) -> Iterator[Counter[sympy.Expr]]:
+    """The running sum at each op that allocates; the same object each time."""
+    n = len(line.ops)
+    dies: list[list[int]] = [[] for _ in range(n)]
+    sizes: dict[int, Counter[sympy.Expr]] = {}
+    for j, op in enumerate(line.ops):
+        if not line.real.real[j] or not op.bytes or not isinstance(op.node, fx.Node):
+            continue
+        sizes[j] = _monomials(step.bytes_expr(op.node))
+        if op.kind == Kind.SOURCE:
+            total.update(sizes[j])
+        if line.last[j] < n:
+            dies[max(line.last[j], 0)].append(j)
+    for j, op in enumerate(line.ops):
+        if op.kind != Kind.SOURCE and j in sizes:
+            total.update(sizes[j])
+            yield total
+        for dead in dies[j]:
+            total.subtract(sizes[dead])
+
+
+def _monomials(expression: sympy.Expr) -> Counter[sympy.Expr]:
+    return Counter(sympy.expand(expression).as_coefficients_dict())
+
+
+def _beats(one: Counter[sympy.Expr], other: Counter[sympy.Expr]) -> bool:
+    return all(one[monomial] >= count for monomial, count in other.items())
 
 
 def peak_expression(step: Step, drafted: Drafted) -> sympy.Expr:
     """The peak of the step: the larger side's expression at the hinted sizes."""
     pairs = peak_expressions(step, drafted)
     return max(pairs, key=lambda pair: pair[1])[0] if pairs else sympy.Integer(0)
-
-
-def alive_expression(step: Step, line: Timeline, at: int) -> sympy.Expr:
-    """Bytes alive while op ``at`` runs, what lives before the step left out."""
-    terms = []
-    for place in line.alive(at):
-        op = line.ops[place]
-        if op.bytes and isinstance(op.node, fx.Node):
-            terms.append(step.bytes_expr(op.node))
-    return sympy.Add(*terms)
 
 
 def input_expression(step: Step) -> sympy.Expr:

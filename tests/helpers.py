@@ -163,7 +163,8 @@ def check(
     assert_same(least, wanted, **close)
     assert len(reports) == len(whole)
     for before, after in zip(whole, reports, strict=True):
-        assert after.lowered <= before.lowered, "the least peak is above the unplanned one"
+        own = before.lowered - before.held_before  # a graph break: what it adds itself
+        assert after.lowered - after.held_before <= own, "the least peak is above the unplanned one"
     budget = middle(reports)
     if budget is not None and reports[0].kind == "training":
         half, (report,) = planned(model, inputs, budget, lower, loss, **more)

@@ -104,9 +104,7 @@ def test_an_impossible_budget_says_what_sets_the_floor(model: Stack, x: torch.Te
 def test_the_least_peak_is_below_half_of_inductors(model: Stack, x: torch.Tensor) -> None:
     compiled, _, report = planned(model, x, budget="min")
     assert step_peak(report) < 0.5 * (report.inductor - report.before)
-    assert measure_peak(run, compiled, model, x).bytes == pytest.approx(
-        step_peak(report), rel=0.02
-    )
+    assert measure_peak(run, compiled, model, x).bytes == pytest.approx(step_peak(report), rel=0.02)
 
 
 def test_a_reserve_makes_room_for_a_loss_outside_the_graph(x: torch.Tensor) -> None:
