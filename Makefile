@@ -13,7 +13,7 @@ demo: $(VENV)/.examples
 	$(BIN)/python examples/evoformer.py $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 check: $(VENV)/.test
 	$(BIN)/ruff format --check .

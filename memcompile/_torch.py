@@ -27,14 +27,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._functorch.partitioners import (
     _extract_fwd_bwd_modules as extract_modules,
-)
-from torch._functorch.partitioners import (
     _is_tangent as is_tangent,
-)
-from torch._functorch.partitioners import (
     _must_be_in_backward as must_be_in_backward,
-)
-from torch._functorch.partitioners import (
     cleanup_recompute_tags,
     force_save_bw_mutation_src,
     force_save_collectives,
@@ -44,8 +38,7 @@ from torch._functorch.partitioners import (
     thread_graphsafe_rng_from_hops,
 )
 from torch._guards import TracingContext, detect_fake_mode
-from torch._inductor import compile_fx as inductor_compile_fx
-from torch._inductor import list_mode_options, list_options
+from torch._inductor import compile_fx as inductor_compile_fx, list_mode_options, list_options
 from torch._inductor.codegen.cpp import CppKernelProxy
 from torch._inductor.codegen.cpp_utils import LocalBufferContext
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -327,10 +320,9 @@ def raw_saved(node: Any) -> Any:
 
 def boxed(gm: fx.GraphModule) -> Callable[..., Any]:
     """A graph run op by op, that lets go of its inputs as it reads them for the last time."""
-    interpreter = fx.Interpreter(gm)
 
     def run(args: list[Any]) -> Any:
-        return interpreter.boxed_run(args)
+        return fx.Interpreter(gm).boxed_run(args)  # one that lives on would keep its outputs
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run

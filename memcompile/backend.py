@@ -96,7 +96,7 @@ class _Job:
         self.gm, self.example_inputs, self.options = gm, example_inputs, options
         self.device = _device(gm, example_inputs)
         limit = options.limit
-        budget = int(limit.value) if limit.kind == "bytes" else None
+        budget = int(limit.value) - options.reserve_bytes if limit.kind == "bytes" else None
         if budget is not None:
             warn_if_above_free(self.device, budget, held=_input_bytes(example_inputs))
         context = Context(options.strict, budget, self.device.type)
@@ -108,7 +108,7 @@ class _Job:
         held, self.holders = live.held()
         held = max(0, held - _intermediate_bytes(example_inputs)) if held else 0
         self.compiler = Compiler(options, self.pipeline, self.lowering, held)
-        self.report: Report | None = None
+        self.filed: list[Report] = []  #: one a graph that torch splits or lowers: most often one
         self.key = self._key()
         self.graph_key = self._graph_key()
 
@@ -133,15 +133,18 @@ class _Job:
     def compile(self) -> Callable[..., Any]:
         """Compile, then file the report of what was planned or read from the cache."""
         compiled = self._eager() if self.options.lower == "eager" else self._inductor()
-        if self.report is None:
-            self.report = store.load(self.graph_key) or self._missing()
-        store.add(self.report)
+        if not self.filed:
+            self.filed.append(store.load(self.graph_key) or self._missing())
+            self.filed[0].name = self.options.name
+        for report in self.filed:
+            store.add(report)
+        report = self.filed[-1]
         if self.compiler.planner is not None and self.compiler.planner.draft.step.dynamic:
-            sizes.remember(self.report, self.compiler.planner)
-        if self.report.kind != "training":
+            sizes.remember(report, self.compiler.planner)
+        if report.kind != "training":
             return compiled
-        label = self.report.name or f"graph {self.report.index}"
-        return live.watch(compiled, label, self.report.held_after)
+        label = report.name or f"graph {report.index}"
+        return live.watch(compiled, label, report.held_after)
 
     def _inductor(self) -> Callable[..., Any]:
         patches = {
@@ -197,7 +200,7 @@ class _Job:
         values = {
             field.name: getattr(explained, field.name) for field in dataclasses.fields(explained)
         }
-        self.report = Report(
+        report = Report(
             name=self.options.name,
             index=0,
             kind=kind,
@@ -213,7 +216,8 @@ class _Job:
             held_before=self.compiler.held,
             **values,
         )
-        store.save(self.graph_key, self.report)
+        self.filed.append(report)
+        store.save(self.graph_key, report)
 
     def _holder_notes(self) -> list[str]:
         if not self.compiler.held:

@@ -100,6 +100,12 @@ class Options:
         _check_passes(self.passes)
         _check_inductor(self.inductor)
         object.__setattr__(self, "inductor", dict(self.inductor))
+        limit = self.limit
+        if limit.kind == "bytes" and self.reserve_bytes >= limit.value:
+            raise OptionsError("reserve", self.reserve, f"less than budget={self.budget!r}")
+        if "custom_partitioner_fn" in self.inductor:
+            allowed = "any of Inductor's settings but custom_partitioner_fn, which is memopt's own"
+            raise OptionsError("inductor", dict(self.inductor), allowed)
         if not isinstance(self.strict, bool):
             raise OptionsError("strict", self.strict, "True or False")
         if self.lower not in _LOWERINGS:

@@ -14,6 +14,7 @@ Segments: Chen et al. 2016, §3; greedy by bytes a second: cf. Kirisame et al. 2
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 
 from torch import fx
@@ -192,6 +193,10 @@ class Planner:
                 return
             self._try(_keeping(now.plan, [value]))
         if most > 100:
+            for pair in itertools.combinations(drops, 2):  # some pay only together
+                if not self.left:
+                    return
+                self._try(_without(now.plan, pair))
             for option in drops:
                 for _, value in keeps:
                     if not self.left:

@@ -87,7 +87,7 @@ class Report:
     inductor: int | None  #: lowered peak of Inductor's own split
     predicted: int  #: the draft's peak of the plan
     lowered: int | None  #: the lowered peak of the plan
-    measured: int | None = None  #: filled by :func:`memcompile.measure_peak`
+    measured: int | None = None  #: total bytes; the caller's to set, from ``measure_peak``
     seconds: float = 0.0  #: predicted seconds added to Inductor's step
     step_seconds: float = 0.0  #: predicted seconds of Inductor's step
     peak_expression: str = ""  #: symbolic predicted peak, e.g. "48*s0**2 + 1024"

@@ -211,7 +211,7 @@ def _verdict(report: Report) -> str:
     if report.budget is None and report.budget_text == "min":
         return "Budget min: the least peak found, whatever it costs in time."
     if report.budget is None:
-        return "No budget: only moves that lower the peak and cost no time."
+        return "No budget: Inductor's own split, as it is."
     known = {
         "measured": report.measured,
         "lowered": report.lowered,

@@ -7,8 +7,7 @@ import threading
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from memcompile.measure import Event, Peak, measure_peak, peak_of, tensor_bytes
 

@@ -8,8 +8,7 @@ import statistics
 import pytest
 import torch
 from helpers import planned, stack, tensor
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 

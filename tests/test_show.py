@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from memcompile import cli
 from memcompile.folders import reports_folder
@@ -203,7 +202,7 @@ def test_verdicts() -> None:
     assert "Fits the budget: the measured peak leaves" in text(report())
     over = report(budget=60 * MIB, measured=None, lowered=61 * MIB)
     assert "OVER the budget: the lowered peak is 1.00 MiB above it." in text(over)
-    assert "No budget: only moves" in text(bare())
+    assert "No budget: Inductor's own split" in text(bare())
     assert "Budget min: the least peak" in text(bare(budget_text="min"))
 
 
