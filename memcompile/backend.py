@@ -28,7 +28,7 @@ from memcompile.pipeline import Pipeline
 from memcompile.registry import resolve
 from memcompile.report import Report
 from memcompile.step import hint
-from memcompile.version import __version__
+from memcompile.version import __version__, source_digest
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class _Job:
     def _key(self) -> str:
         """Covers everything a plan depends on beside the graph."""
         parts = [
-            __version__,
+            f"{__version__}:{source_digest()}",
             torch.__version__,
             self.options.key(),
             self.pipeline.key(),

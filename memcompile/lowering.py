@@ -229,9 +229,12 @@ class Walk:
         self._free(line.node.get_name())
 
     def _on_ExternKernelAllocLine(self, line: Any) -> None:
-        node = line.node
+        self._results(line.node)
+        self._work(line.node)  # on top of its results, which it allocates first
+
+    def _results(self, node: Any) -> None:
+        """The tensors a library op returns: several parts, one, or a view of an input."""
         name = node.get_name()
-        self._work(node)
         parts = self.parts.get(name)
         if parts is not None:
             for part in parts:
