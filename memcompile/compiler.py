@@ -152,8 +152,13 @@ class Compiler:
         """Lower rungs until one fits, the error of the last one taken into account."""
         before = step.input_bytes() + self.held
         if budget is None:
-            tried = self._try(step, planner, ladder.floor)
-            return min((tried, first), key=lambda t: t.peak)
+            floor = ladder.floor
+            tries = [first, self._try(step, planner, floor)]
+            # A rung a little above may lower better than it was predicted to.
+            above = ladder.fit(floor.peak + (floor.peak - step.input_bytes()) // 20)
+            if above is not None and above.plan.key() != floor.plan.key():
+                tries.append(self._try(step, planner, above))
+            return min(tries, key=lambda t: (t.peak, t.drafted.seconds))
         room = max(0, budget - before)
         error = _error(first.drafted.peak, first.peak, before, self.held)
         least, fits = first, None

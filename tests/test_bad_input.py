@@ -472,7 +472,7 @@ def test_the_floor_includes_the_reserve_that_was_asked_for() -> None:
 
 
 def test_a_reserve_above_the_budget_is_refused() -> None:
-    with pytest.raises(BudgetError):
+    with pytest.raises(memcompile.OptionsError, match="less than budget"):
         memopt(stack(1), "4KiB", reserve="1MiB")(tensor(4, 8))
 
 
