@@ -197,9 +197,11 @@ class _Job:
         return outcome.split.forward, outcome.split.backward
 
     def _file(self, explained: Explained, kind: str) -> None:
+        spent = self.lowering.seconds
         values = {
             field.name: getattr(explained, field.name) for field in dataclasses.fields(explained)
         }
+        values["planning_seconds"] = max(0.0, explained.planning_seconds - spent)
         report = Report(
             name=self.options.name,
             index=0,
@@ -213,6 +215,7 @@ class _Job:
             outside=OUTSIDE,
             notes=(*self.compiler.notes, *self._holder_notes()),
             schedulings=self.lowering.runs,
+            lowering_seconds=spent,
             held_before=self.compiler.held,
             **values,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,6 +65,7 @@ class Lowering:
         self.num_model_inputs = num_model_inputs
         self.scratch = scratch
         self.runs = 0
+        self.seconds = 0.0  #: spent in dry runs
 
     def step(
         self, forward: fx.GraphModule, backward: fx.GraphModule, num_outputs: int, before: int
@@ -102,7 +104,9 @@ class Lowering:
         owned: bool,
         lent: set[str] | None = None,
     ) -> Side:
+        started = time.perf_counter()
         graph = _torch.dry_run(module, compile_side)
+        self.seconds += time.perf_counter() - started
         if graph is None:
             return Side(0, 0, ())
         with _torch.V.set_graph_handler(graph):

@@ -104,7 +104,8 @@ class Report:
     notes: tuple[str, ...] = ()
     held_before: int = 0  #: held by earlier graphs of the same step (graph breaks)
     held_after: int = 0  #: alive between forward and backward, inputs included
-    planning_seconds: float = 0.0
+    planning_seconds: float = 0.0  #: dry runs of Inductor not included
+    lowering_seconds: float = 0.0  #: those dry runs
     schedulings: int = 0
     cached: bool = False  #: read back from disk rather than planned in this process
 
