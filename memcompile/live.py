@@ -8,6 +8,7 @@ with less room: that graph's inputs and saved values are alive. Its outputs tell
 from __future__ import annotations
 
 import dataclasses
+import gc
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +34,15 @@ _graphs: weakref.WeakSet[_Graph] = weakref.WeakSet()
 def held() -> tuple[int, list[str]]:
     """Bytes held now by graphs whose backward is still due, and their labels."""
     due = [graph for graph in _graphs if _is_due(graph)]
+    if due:
+        gc.collect()  # a dropped loss may still be waiting in a reference cycle
+        due = [graph for graph in due if _is_due(graph)]
     return sum(graph.bytes for graph in due), [graph.label for graph in due]
+
+
+def forget() -> None:
+    """Count nothing of what was compiled so far."""
+    _graphs.clear()
 
 
 def _is_due(graph: _Graph) -> bool:

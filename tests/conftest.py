@@ -37,5 +37,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def fresh() -> None:
     """Nothing compiled or drawn by one test reaches the next."""
+    from memcompile import live
+
     torch._dynamo.reset()
+    live.forget()
     torch.manual_seed(0)
