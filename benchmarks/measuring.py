@@ -27,6 +27,7 @@ class Plan:
     budgets: int = 8  #: evenly from Inductor's peak down to the compiled checkpointing's
     pairs: int = 20  #: alternated pairs of each time ratio; 0 leaves times out
     activation_budgets: tuple[float, ...] = (0.5, 0.3, 0.1)
+    every_time: bool = True  #: time every side, not only what a limit is held against
     float64: bool = True  #: gradients against float64, where the loss takes no seed
 
 
@@ -171,7 +172,10 @@ class Measuring:
         again = sides.compiled(self.subject, "Inductor again")
         inductor = self.sides["Inductor"]
         rows = [row for row in self.found.rows if row.label in self.sides]
-        rows = [row for row in rows if row.kind != "inductor"]
+        judged = ("free", "share")
+        rows = [
+            r for r in rows if r.kind != "inductor" and (self.plan.every_time or r.kind in judged)
+        ]
         duels = [duel for duel in self.found.duels if duel.ours in self.sides]
         pairs = [(inductor, again)]
         pairs += [(self.sides[row.label], inductor) for row in rows]

@@ -123,6 +123,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budgets", type=int, help="from Inductor's peak down; default: 8")
     parser.add_argument("--pairs", type=int, help="alternated, of each time; default: 20")
     parser.add_argument(
+        "--judged", action="store_true", help="time only what a limit is held against"
+    )
+    parser.add_argument(
         "--peers", help="activation_memory_budget of Inductor's; default: 0.5,0.3,0.1; '' for none"
     )
     parser.add_argument(
@@ -147,7 +150,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     peers = defaults.activation_budgets
     if args.peers is not None:
         peers = tuple(float(text) for text in args.peers.split(",") if text)
-    args.plan = Plan(budgets, pairs, peers, float64=not args.no_float64)
+    args.plan = Plan(budgets, pairs, peers, not args.judged, not args.no_float64)
     return args
 
 

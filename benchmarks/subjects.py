@@ -175,10 +175,10 @@ def llama(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Subject:
-    """Sixteen Llama-style layers, tokens (B, L) = (2, 256)."""
+    """Sixteen Llama-style layers, tokens (B, L) = (4, 256)."""
     torch.manual_seed(0)
     if scale == "default":
-        batch, length, vocabulary = 2, 256, 4096
+        batch, length, vocabulary = 4, 256, 4096
         model = Llama(16, 256, 8, 688, vocabulary, length)
     else:
         batch, length, vocabulary = 2, 64, 64

@@ -164,7 +164,9 @@ class _Job:
         if kwargs.get("is_inference"):
             gm, explained = self.compiler.whole(gm)
             self._file(explained, "inference")
-        return _torch.compile_fx_inner(gm, example_inputs, **kwargs)
+        patches = {} if self.compiler.pooled else {"allow_buffer_reuse": False}
+        with _torch.inductor_config.patch(patches):
+            return _torch.compile_fx_inner(gm, example_inputs, **kwargs)
 
     def _eager(self) -> Callable[..., Any]:
         def run(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:

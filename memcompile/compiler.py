@@ -19,19 +19,17 @@ from memcompile.analysis.cost import calibrate
 from memcompile.analysis.ops import runs_twice
 from memcompile.contract import Proposal
 from memcompile.draft import Draft, Drafted, Plan
-from memcompile.errors import BudgetError
 from memcompile.explain import Explained, explain
-from memcompile.ladder import Ladder, Rung
-from memcompile.lowering import Lowered, Lowering
-from memcompile.options import Budget, Options, format_bytes
+from memcompile.ladder import Ladder
+from memcompile.lowering import Lowering
+from memcompile.options import Budget, Options
 from memcompile.pipeline import Pipeline
 from memcompile.planner import Planner
-from memcompile.split import Split, inductor_split, rewrite_whole, split
-from memcompile.step import Step, must_recompute, must_save, source_line
+from memcompile.refusal import refuse
+from memcompile.search import Search, Tried
+from memcompile.split import Split, inductor_split, split
+from memcompile.step import Step, must_recompute, must_save
 from memcompile.symbolic import peak_expressions
-
-#: Schedulings of one graph, Inductor's own included.
-TRIES = 3
 
 
 @dataclasses.dataclass
@@ -42,15 +40,6 @@ class Outcome:
     explained: Explained
 
 
-@dataclasses.dataclass
-class Tried:
-    """A split and what it lowers to."""
-
-    drafted: Drafted
-    split: Split
-    peak: int
-
-
 class Compiler:
     """Plans the steps of one captured graph."""
 
@@ -58,6 +47,7 @@ class Compiler:
         self.options, self.pipeline, self.lowering = options, pipeline, lowering
         self.held = held
         self.notes: list[str] = []
+        self.pooled = True  #: whether Inductor may hold buffers for later ones of their size
         self.planner: Planner | None = None  #: of the last training step, to plan it anew
 
     @property
@@ -85,12 +75,12 @@ class Compiler:
             # Stock torch draws anew (pytorch #190758) or reads an input after the step has
             # written to it: Inductor's choice of what to save is cut by us instead.
             own = split(step, ground)
-        first = Tried(ground, own, self._lower(step, own, ground))
+        first = Tried(ground, own, *self._lower(step, own, ground))
         budget = self._budget(step, first.peak)
-        chosen, ladder = first, None
+        chosen, ladder = first if budget is None else first.within(budget), None
         if budget is None and self.options.limit.kind != "min":
             pass
-        elif budget is None or first.peak > budget:
+        elif budget is None or chosen.peak > budget:
             ladder = planner.build()
             chosen = self._search(step, ladder, planner, first, budget)
         explained = explain(
@@ -105,7 +95,7 @@ class Compiler:
             split=chosen.split,
         )
         explained.planning_seconds = time.perf_counter() - started
-        self._guard(step, chosen, budget)
+        self._settle(step, chosen, budget)
         return Outcome(chosen.split, explained)
 
     def _planner(
@@ -119,29 +109,34 @@ class Compiler:
         roots = {step.roots[by_name[name]] for name in saved if name in by_name}
         kept = frozenset(r for r in roots if r.op == "call_function" and r in step.sides.early)
         offered = frozenset(p.value for p in proposals if p.rebuild is None)
-        inductors = {n for n in twice if runs_twice(n) and not must_save(n)}
-        unclaimed = {
+        inductors = frozenset(n for n in twice if runs_twice(n) and not must_save(n))
+        unclaimed = frozenset(
             n
             for n in step.early_values()
             if n.name in backward and n.name not in forward and runs_twice(n)
-        }
-        again = _whole_tuples(offered | frozenset(inductors) | frozenset(unclaimed))
-        again -= {n for n in again if step.reads_overwritten(n)}
-        draft = Draft(step, calibrate(_device(step)), again, self.fused)
+        )
+        draft = self._draft(step, offered | inductors | unclaimed)
         bound = frozenset(n for n in step.nodes if must_recompute(n))
         return Planner(draft, Plan(kept), proposals, bound)
 
-    def _lower(self, step: Step, cut: Split | fx.GraphModule, drafted: Drafted) -> int:
-        """Total bytes of a split once lowered, what earlier graphs hold included."""
+    def _draft(self, step: Step, again: frozenset[fx.Node]) -> Draft:
+        """The step's draft, where the values of ``again`` may run twice."""
+        # With one output of an op, the op: a tuple itself can never be kept.
+        parents = {n.args[0] for n in again if n.target is operator.getitem}
+        again |= frozenset(p for p in parents if isinstance(p, fx.Node))
+        again -= {n for n in again if step.reads_overwritten(n)}
+        return Draft(step, calibrate(_device(step)), again, self.fused)
+
+    def _lower(self, step: Step, cut: Split, drafted: Drafted) -> tuple[int, int]:
+        """Total bytes once lowered, buffers pooled and not; what earlier graphs hold included."""
         if not self.fused:
-            return drafted.peak + self.held
-        if isinstance(cut, fx.GraphModule) or cut.backward is None:
-            module = cut if isinstance(cut, fx.GraphModule) else cut.forward
-            return self.lowering.inference(module, step.input_bytes()).peak + self.held
-        lowered: Lowered = self.lowering.step(
-            cut.forward, cut.backward, step.num_outputs, step.input_bytes()
-        )
-        return lowered.peak + self.held
+            return drafted.peak + self.held, drafted.peak + self.held
+        before = step.input_bytes()
+        if cut.backward is None:
+            lowered = self.lowering.inference(cut.forward, before)
+        else:
+            lowered = self.lowering.step(cut.forward, cut.backward, step.num_outputs, before)
+        return lowered.peak + self.held, lowered.unpooled + self.held
 
     def _budget(self, step: Step, inductor: int) -> int | None:
         return total_budget(self.options, step.input_bytes() + self.held, inductor)
@@ -149,59 +144,26 @@ class Compiler:
     def _search(
         self, step: Step, ladder: Ladder, planner: Planner, first: Tried, budget: int | None
     ) -> Tried:
-        """Lower rungs until one fits, the error of the last one taken into account."""
-        before = step.input_bytes() + self.held
-        if budget is None:
-            floor = ladder.floor
-            tries = [first, self._try(step, planner, floor)]
-            # A rung a little above may lower better than it was predicted to.
-            above = ladder.fit(floor.peak + (floor.peak - step.input_bytes()) // 20)
-            if above is not None and above.plan.key() != floor.plan.key():
-                tries.append(self._try(step, planner, above))
-            return min(tries, key=lambda t: (t.peak, t.drafted.seconds))
-        room = max(0, budget - before)
-        error = _error(first.drafted.peak, first.peak, before, self.held)
-        least, fits = first, None
-        rung = ladder.fit(before - self.held + int(room / max(1.0, error))) or ladder.floor
-        for left in range(TRIES - 2, -1, -1):
-            tried = self._try(step, planner, rung)
-            least = min((least, tried), key=lambda t: t.peak)
-            error = _error(tried.drafted.peak, tried.peak, before, self.held)
-            if tried.peak <= budget:
-                if fits is None or tried.drafted.seconds < fits.drafted.seconds:
-                    fits = tried
-                slack = (budget - tried.peak) / max(1, room)
-                looser = ladder.fit(before - self.held + int(0.99 * room / error))
-                if left == 0 or slack < 0.03 or looser is None or looser.peak <= rung.peak:
-                    return fits
-                rung = looser
-                continue
-            if fits is not None:
-                return fits
-            target = before - self.held + int(0.97 * room / max(error, 1e-9))
-            tighter = ladder.fit(min(target, rung.peak - 1)) or ladder.floor
-            if tighter.plan.key() == rung.plan.key():
-                break
-            rung = tighter
-        if fits is not None:
-            return fits
+        def lower(cut: Split, drafted: Drafted) -> tuple[int, int]:
+            return self._lower(step, cut, drafted)
+
+        search = Search(step, planner, ladder, lower, first, self.held)
+        chosen = search.lowest() if budget is None else search.fitting(budget)
+        if chosen is not None:
+            return chosen
+        assert budget is not None
+        least = search.least
         self._guard_refusal(step, least, budget)
-        raise self._refusal(step, ladder, planner, least, budget)
+        raise refuse(
+            self.options, step, least.drafted, budget=budget, floor=least.unpooled, held=self.held
+        )
 
-    def _try(self, step: Step, planner: Planner, rung: Rung) -> Tried:
-        drafted = planner.drafted(rung.plan)
-        if step.late_from is not None:
-            cut = Split(rewrite_whole(step, drafted), None)
-        else:
-            cut = split(step, drafted)
-        return Tried(drafted, cut, self._lower(step, cut, drafted))
-
-    def _refusal(
-        self, step: Step, ladder: Ladder, planner: Planner, least: Tried, budget: int
-    ) -> BudgetError:
-        line = max((least.drafted.forward, least.drafted.backward), key=lambda t: t.peak)
-        node = line.ops[line.at].node if line.ops else step.output
-        return refusal(self.options, budget, least.peak, self.held, node, _suggestions(step, least))
+    def _settle(self, step: Step, chosen: Tried, budget: int | None) -> None:
+        """What the choice asks of the lowering, and of later lengths."""
+        if not chosen.pooled:
+            self.pooled = False
+            self.notes.append("buffers are freed at their last use instead of held for reuse")
+        self._guard(step, chosen, budget)
 
     def _guard(self, step: Step, chosen: Tried, budget: int | None) -> None:
         """Make "the symbolic peak fits" a guard, so that lengths that fit share the plan."""
@@ -219,7 +181,7 @@ class Compiler:
             return
         room = budget - self.held
         expression, value = max(peak_expressions(step, least.drafted), key=lambda pair: pair[1])
-        _torch.guard_fits(expression * (least.peak - self.held) > room * value)
+        _torch.guard_fits(expression * (least.unpooled - self.held) > room * value)
 
     # -- graphs that are not split ------------------------------------------------------
 
@@ -236,17 +198,18 @@ class Compiler:
         (results,) = next(iter(module.graph.find_nodes(op="output"))).args
         step = Step(module, len(results))
         drafted = Draft(step, calibrate(_device(step)), fused=self.fused).under(Plan(frozenset()))
-        first = Tried(drafted, Split(module, None), self._lower(step, module, drafted))
+        own = Split(module, None)
+        first = Tried(drafted, own, *self._lower(step, own, drafted))
         budget = self._budget(step, first.peak)
         wanted = budget is not None or self.options.limit.kind == "min"
-        chosen, floor, proposals = first, None, []
-        if wanted and drafted.forward.ops and (budget is None or first.peak > budget):
+        chosen, floor, proposals = first if budget is None else first.within(budget), None, []
+        if wanted and drafted.forward.ops and (budget is None or chosen.peak > budget):
             late = Step(module, len(results), late_from=_late_from(step, drafted))
             proposals = self.pipeline.propose(late)
             planner = self._whole_planner(late, proposals)
             ladder = planner.build()
             step, floor = late, ladder.floor.peak
-            first = Tried(planner.ground_draft, first.split, first.peak)
+            first = dataclasses.replace(first, drafted=planner.ground_draft)
             chosen = self._search(late, ladder, planner, first, budget)
         explained = explain(
             step=step,
@@ -260,21 +223,13 @@ class Compiler:
             split=chosen.split,
         )
         explained.planning_seconds = time.perf_counter() - started
-        self._guard(step, chosen, budget)
+        self._settle(step, chosen, budget)
         return chosen.split.forward, explained
 
     def _whole_planner(self, step: Step, proposals: list[Proposal]) -> Planner:
-        again = _whole_tuples(frozenset(p.value for p in proposals if p.rebuild is None))
-        again -= {n for n in again if step.reads_overwritten(n)}
-        draft = Draft(step, calibrate(_device(step)), again, self.fused)
+        draft = self._draft(step, frozenset(p.value for p in proposals if p.rebuild is None))
         kept = frozenset(n for n in draft.needed_late if n.op == "call_function")
         return Planner(draft, Plan(kept), proposals)
-
-
-def _whole_tuples(again: frozenset[fx.Node]) -> frozenset[fx.Node]:
-    """With one output of an op, the op: a tuple itself can never be kept."""
-    parents = {n.args[0] for n in again if n.target is operator.getitem}
-    return again | frozenset(p for p in parents if isinstance(p, fx.Node))
 
 
 def _late_from(step: Step, drafted: Drafted) -> fx.Node:
@@ -291,53 +246,6 @@ def total_budget(options: Options, before: int, inductor: int) -> int | None:
     if limit.kind == "share":
         return before + int(limit.value * (inductor - before)) - options.reserve_bytes
     return None
-
-
-def refusal(
-    options: Options, budget: int, floor: int, held: int, node: fx.Node, hints: list[str]
-) -> BudgetError:
-    """The error that names the floor, what sets it, and what would lower it."""
-    where = source_line(node)
-    label = f" ({options.name})" if options.name else ""
-    reserve = options.reserve_bytes
-    lines = [
-        f"the step{label} cannot fit budget={options.budget!r}: "
-        f"{format_bytes(budget)} ({budget} bytes)"
-        + (f" after reserve={format_bytes(reserve)}" if reserve else ""),
-        f"the least lowered peak found is {format_bytes(floor)} ({floor} bytes), "
-        f"at node {node.name}" + (f" from {where}" if where else ""),
-    ]
-    if held:
-        lines.append(f"of it, {format_bytes(held)} are held by graphs compiled before this one")
-    lines += hints
-    lines.append(f"budget={floor + reserve} (bytes) is the least known to be met")
-    return BudgetError("\n".join(lines), budget=budget, floor=floor, node=node.name, source=where)
-
-
-def _suggestions(step: Step, least: Tried) -> list[str]:
-    line = max((least.drafted.forward, least.drafted.backward), key=lambda t: t.peak)
-    alive = sorted(line.alive(line.at), key=lambda j: -line.ops[j].bytes)[:3]
-    held = [
-        f"{line.ops[j].node.name} {format_bytes(line.ops[j].bytes)}"
-        + (f" ({source_line(line.ops[j].node)})" if source_line(line.ops[j].node) else "")
-        for j in alive
-        if line.ops[j].bytes
-    ]
-    static = step.input_bytes()
-    lines = []
-    if held:
-        lines.append("largest values alive there: " + "; ".join(held))
-    lines.append(
-        f"parameters, buffers and inputs are {format_bytes(static)} of it; "
-        "a smaller batch or shorter sequence, or fewer values kept by the user's own "
-        "checkpoint tags, would lower the rest"
-    )
-    return lines
-
-
-def _error(predicted: int, lowered: int, before: int, held: int) -> float:
-    """Lowered over predicted, both as step peaks."""
-    return max(1, lowered - before) / max(1, predicted - (before - held))
 
 
 def prepare(module: fx.GraphModule) -> None:

@@ -75,6 +75,11 @@ class _Info:
     bytes: int
     seconds: float
     heavy: bool
+    drawn: bool
+
+    def op(self, node: fx.Node, inputs: tuple[int, ...], keep: bool = False) -> Op:
+        """The node's op, reading what stands at the places ``inputs``."""
+        return Op(node, self.kind, inputs, self.bytes, self.seconds, self.heavy, self.drawn, keep)
 
 
 class Draft:
@@ -135,7 +140,11 @@ class Draft:
             0 if several or view else step.bytes(node),
             0.0 if free else node_seconds(node, self.rates, materialised=False),
             op_kinds.op_name(node) in op_kinds.HEAVY,
+            self._is_drawn(node),
         )
+
+    def _is_drawn(self, node: fx.Node) -> bool:
+        return self.fused and op_kinds.op_name(node) == "inductor_random"
 
     def _pinned_effects(self) -> list[fx.Node]:
         """Early nodes that run for their effect, whoever reads them."""
@@ -240,9 +249,7 @@ class Draft:
                 ops.append(Op(node, Kind.SOURCE, (), 0, owned=False, traffic=what.bytes))
                 continue
             inputs = tuple(place[i] for i in what.inputs)
-            ops.append(
-                Op(node, what.kind, inputs, what.bytes, what.seconds, what.heavy, node in keep)
-            )
+            ops.append(what.op(node, inputs, node in keep))
             move = plan.rebuilt.get(node)
             if move is not None and move.rebuild is not None and move.rebuild.encode is not None:
                 self._add_fragment(ops, move.rebuild.encode, [place[node]], stored_set)
@@ -284,9 +291,7 @@ class Draft:
                     place[node] = args[0]
                     continue
                 place[node] = len(ops)
-                ops.append(
-                    Op(node, what.kind, args, what.bytes, what.seconds, what.heavy, node in keep)
-                )
+                ops.append(what.op(node, args, node in keep))
         raise AssertionError("a graph ends in an output")
 
     @functools.cached_property
@@ -307,6 +312,7 @@ class Draft:
                     self.step.bytes(node),
                     node_seconds(node, self.rates, materialised=False),
                     op_kinds.op_name(node) in op_kinds.HEAVY,
+                    self._is_drawn(node),
                 )
         return self._fragments[node]
 
@@ -372,7 +378,7 @@ class _Backward:
         else:
             self.place[node] = len(self.ops)
             inputs = tuple(self.place[i] for i in info.inputs)
-            self.ops.append(Op(node, info.kind, inputs, info.bytes, info.seconds, info.heavy))
+            self.ops.append(info.op(node, inputs))
             self.order.append(Late(node, early))
 
     def _source(self, node: fx.Node, size: int, *, owned: bool, traffic: int = 0) -> int:

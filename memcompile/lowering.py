@@ -32,6 +32,7 @@ class Side:
     """One lowered side: bytes above what lives when it starts."""
 
     peak: int
+    unpooled: int  #: the peak were every buffer freed at its last use, none held for another
     end: int  #: bytes still alive when it returns
     moments: tuple[Moment, ...]
     unread: tuple[str, ...] = ()  #: wrapper lines the walk does not know
@@ -42,6 +43,7 @@ class Lowered:
     """Both sides of a step."""
 
     peak: int  #: total bytes, what lives before the step included
+    unpooled: int  #: the same with ``allow_buffer_reuse`` off
     forward: Side
     backward: Side | None
     between: int  #: bytes alive when the backward starts, ``before`` excluded
@@ -87,14 +89,16 @@ class Lowering:
         names = {n.name for n in held.owners(returned)}
         with _torch.donated_buffers(forward, backward, num_outputs):
             bw = self._side(backward, self._compile_backward(), owned=True, lent=names)
-        peak = before + max(fw.peak, between + tangents + bw.peak)
-        return Lowered(peak, fw, bw, between)
+        start = between + tangents
+        peak = before + max(fw.peak, start + bw.peak)
+        unpooled = before + max(fw.unpooled, start + bw.unpooled)
+        return Lowered(peak, unpooled, fw, bw, between)
 
     def inference(self, module: fx.GraphModule, before: int) -> Lowered:
         """The lowered peak of a graph without a backward."""
         self.runs += 1
         side = self._side(module, self._compile_forward(True), owned=False)
-        return Lowered(before + side.peak, side, None, 0)
+        return Lowered(before + side.peak, before + side.unpooled, side, None, 0)
 
     def _side(
         self,
@@ -108,9 +112,11 @@ class Lowering:
         graph = _torch.dry_run(module, compile_side)
         self.seconds += time.perf_counter() - started
         if graph is None:
-            return Side(0, 0, ())
+            return Side(0, 0, 0, ())
         with _torch.V.set_graph_handler(graph):
-            return Walk(graph, owned, lent or set(), self.scratch).run()
+            apart = Walk(graph, owned, lent or set(), self.scratch, pooled=False).run()
+            side = Walk(graph, owned, lent or set(), self.scratch).run()
+            return dataclasses.replace(side, unpooled=min(side.peak, apart.peak))
 
     def _compile_forward(self, is_inference: bool) -> Callable[[fx.GraphModule], Any]:
         def compile_side(module: fx.GraphModule) -> Any:
@@ -165,10 +171,17 @@ class _Held:
 
 
 class Walk:
-    """Replays the allocations, reuses and frees of one finished wrapper."""
+    """Replays the allocations, reuses and frees of one finished wrapper.
 
-    def __init__(self, graph: Any, owned: bool, lent: set[str], scratch: Scratch) -> None:
+    Inductor holds a buffer past its last use when a later one of the same size can have its
+    memory; ``pooled=False`` tells what the same lines come to without that.
+    """
+
+    def __init__(
+        self, graph: Any, owned: bool, lent: set[str], scratch: Scratch, pooled: bool = True
+    ) -> None:
         self.graph, self.owned, self.lent, self.scratch = graph, owned, lent, scratch
+        self.pooled = pooled
         self.root: dict[str, str] = {}
         self.size: dict[str, int] = {}
         self.names: dict[str, int] = {}
@@ -177,6 +190,7 @@ class Walk:
         self.peak = 0
         self.moments: list[Moment] = []
         self.unread: list[str] = []
+        self.gone: set[str] = set()  #: freed here, held for another buffer by Inductor
         self.outputs = set(graph.get_output_names())
 
     def run(self) -> Side:
@@ -194,7 +208,7 @@ class Walk:
                 self.unread.append(line)
         kept = {self.root.get(name, name) for name in self.outputs}
         end = sum(size for root, size in self.size.items() if root in kept)
-        return Side(self.peak, end, tuple(self.moments), tuple(self.unread))
+        return Side(self.peak, self.peak, end, tuple(self.moments), tuple(self.unread))
 
     def _inputs(self) -> None:
         """Inputs the side owns (saved activations) are freed by it; their bytes count as zero
@@ -217,8 +231,11 @@ class Walk:
         self._allocate(line.node.get_name(), self._bytes(line.node), line.node)
 
     def _on_ReuseLine(self, line: Any) -> None:
-        old = line.node.get_name()
-        self._alias(line.reused_as.get_name(), old)
+        old, new = line.node.get_name(), line.reused_as
+        if not self.pooled and old in self.gone:
+            self._allocate(new.get_name(), self._bytes(new), new)
+            return
+        self._alias(new.get_name(), old)
         if line.delete_old and old not in self.outputs:
             self._free(old)
 
@@ -226,8 +243,12 @@ class Walk:
         self._alias(line.reused_as.get_name(), line.node.get_name())
 
     def _on_FreeIfNotReusedLine(self, line: Any) -> None:
+        name = line.node.get_name()
         if not line.is_reused:
-            self._free(line.node.get_name())
+            self._free(name)
+        elif not self.pooled:
+            self.gone.add(name)
+            self._free(name)
 
     def _on_FreeLine(self, line: Any) -> None:
         self._free(line.node.get_name())

@@ -98,7 +98,7 @@ REDUCTION = frozenset(
 )
 
 #: Inductor will not compute these twice on a CPU (``should_realize_on_reuse``).
-HEAVY = frozenset({"exp", "sigmoid", "inductor_random"})
+HEAVY = frozenset({"exp", "sigmoid"})
 
 #: Attention kernels are tagged as random whatever their dropout is.
 _ATTENTION_DROPOUT = {

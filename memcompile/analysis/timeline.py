@@ -38,6 +38,7 @@ class Op:
     bytes: int
     seconds: float = 0.0
     heavy: bool = False  #: exp, sigmoid: Inductor will not compute it twice on a CPU
+    drawn: bool = False  #: a random draw: Inductor makes it a buffer, however few read it
     keep: bool = False  #: alive when the graph ends
     owned: bool = True  #: for a source: the graph frees it after its last use
     traffic: int = 0  #: bytes a read moves, where ``bytes`` is not it (inputs count as zero)
@@ -93,6 +94,7 @@ def materialise(ops: Sequence[Op]) -> Real:
         real[j] = (
             op.kind != Kind.POINTWISE
             or hard[j]
+            or op.drawn
             or (users[j] > 1 and (len(touched) > REUSED_READS or op.heavy))
             or len(touched) > ACCUMULATED_READS
         )
@@ -108,11 +110,15 @@ def _drop_inside_kernels(
     reads: list[set[int] | None],
     seconds: list[float],
 ) -> None:
-    """A value that only its own fused kernel reads never reaches memory."""
-    last_level = [-1] * len(ops)
+    """A value that only its own fused kernel reads never reaches memory.
+
+    A draw depends on nothing but its seed, so the one kernel that reads it can draw it.
+    """
+    first_level, last_level = [len(ops)] * len(ops), [-1] * len(ops)
     for j, op in enumerate(ops):
         if real[j] and op.kind != Kind.SOURCE:
             for i in reads[j] or ():
+                first_level[i] = min(first_level[i], level[j])
                 last_level[i] = max(last_level[i], level[j])
     inside = {
         j
@@ -120,7 +126,7 @@ def _drop_inside_kernels(
         if real[j]
         and not hard[j]
         and op.kind in (Kind.POINTWISE, Kind.REDUCTION)
-        and last_level[j] == level[j]
+        and last_level[j] == (first_level[j] if op.drawn else level[j])
     }
     if not inside:
         return
