@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from memcompile import _torch, live, scratch, sizes, store
+from memcompile._torch.loops import released_loops
 from memcompile.analysis.cost import calibrate
 from memcompile.compiler import Compiler, Outcome
 from memcompile.contract import Context
@@ -165,7 +166,7 @@ class _Job:
             gm, explained = self.compiler.whole(gm)
             self._file(explained, "inference")
         patches = {} if self.compiler.pooled else {"allow_buffer_reuse": False}
-        with _torch.inductor_config.patch(patches):
+        with _torch.inductor_config.patch(patches), released_loops():
             return _torch.compile_fx_inner(gm, example_inputs, **kwargs)
 
     def _eager(self) -> Callable[..., Any]:

@@ -17,18 +17,22 @@ from torch import fx
 from memcompile import _torch
 from memcompile.analysis.cost import calibrate
 from memcompile.analysis.ops import runs_twice
-from memcompile.contract import Proposal
-from memcompile.draft import Draft, Drafted, Plan
+from memcompile.contract import Loop, Proposal
+from memcompile.draft import Draft
+from memcompile.errors import PassError
 from memcompile.explain import Explained, explain
 from memcompile.ladder import Ladder
+from memcompile.looping import with_loops
 from memcompile.lowering import Lowering
 from memcompile.options import Budget, Options
 from memcompile.pipeline import Pipeline
+from memcompile.plan import Drafted, Plan
 from memcompile.planner import Planner
 from memcompile.refusal import refuse
+from memcompile.report import LoopRow
 from memcompile.search import Search, Tried
 from memcompile.split import Split, inductor_split, split
-from memcompile.step import Step, must_recompute, must_save
+from memcompile.step import Step, must_recompute, must_save, source_line
 from memcompile.symbolic import peak_expressions
 
 
@@ -47,6 +51,7 @@ class Compiler:
         self.options, self.pipeline, self.lowering = options, pipeline, lowering
         self.held = held
         self.notes: list[str] = []
+        self.looped: tuple[Step, tuple[LoopRow, ...]] | None = None  #: the last step with loops
         self.pooled = True  #: whether Inductor may hold buffers for later ones of their size
         self.planner: Planner | None = None  #: of the last training step, to plan it anew
 
@@ -68,25 +73,29 @@ class Compiler:
         step = Step(module, num_outputs, static)
         own, saved = inductor_split(step)
         recut = _redraws(step.module) or _reads_stale(step, own)
-        proposals = self.pipeline.propose(step)
+        proposals, loops = _sorted(self.pipeline.offers(step))
         planner = self.planner = self._planner(step, own, saved, proposals)
         ground = planner.ground_draft
         if recut:
             # Stock torch draws anew (pytorch #190758) or reads an input after the step has
             # written to it: Inductor's choice of what to save is cut by us instead.
             own = split(step, ground)
-        first = Tried(ground, own, *self._lower(step, own, ground))
+        first = Tried(step, ground, own, *self._lower(step, own, ground))
         budget = self._budget(step, first.peak)
         chosen, ladder = first if budget is None else first.within(budget), None
         if budget is None and self.options.limit.kind != "min":
             pass
         elif budget is None or chosen.peak > budget:
-            ladder = planner.build()
-            chosen = self._search(step, ladder, planner, first, budget)
+            plain = ladder = planner.build()
+            if loops:
+                ladder = self._with_loops(planner, loops)
+            chosen = self._search(step, ladder, first, budget, plain)
         explained = explain(
             step=step,
             before=ground,
             after=chosen.drafted,
+            after_step=chosen.step,
+            loops=self._loops(chosen),
             proposals=proposals,
             budget=budget,
             inductor=first.peak,
@@ -119,6 +128,44 @@ class Compiler:
         bound = frozenset(n for n in step.nodes if must_recompute(n))
         return Planner(draft, Plan(kept), proposals, bound)
 
+    def _with_loops(self, planner: Planner, loops: list[Loop]) -> Ladder:
+        """The planner's ladder, and the rungs of the step with loops merged in."""
+        plain = planner.ladder
+        found = with_loops(planner, plain.floor.plan, loops, self._anew, self._loop_failed)
+        if found is None:
+            return plain
+        looped, rows = found
+        self.looped = looped.draft.step, rows
+        return _merged(plain, looped.build())
+
+    def _loop_failed(self, loop: Loop, error: Exception) -> None:
+        """A loop that cannot be made is left out, and said to be."""
+        where = source_line(loop.value)
+        what = f"{loop.by}: no loop over dimension {loop.dim} of node {loop.value.name}"
+        note = f"{what}{f' ({where})' if where else ''}: {type(error).__name__}"
+        if self.options.strict:
+            raise PassError(f"{note}: {error}") from error
+        if note not in self.notes:
+            self.notes.append(note)
+
+    def _loops(self, chosen: Tried) -> tuple[LoopRow, ...]:
+        """The loops of what was chosen."""
+        return self.looped[1] if self.looped and self.looped[0] is chosen.step else ()
+
+    def _anew(self, module: fx.GraphModule, planner: Planner) -> tuple[Planner, list[Loop]]:
+        """The planner of a step whose graph has got loops; what was kept is named alike."""
+        old = planner.draft.step
+        static = [place for place, node in enumerate(old.primals) if node in old.static]
+        step = Step(module, old.num_outputs, static)
+        proposals, loops = _sorted(self.pipeline.offers(step, again=True))
+        again = {n.name for n in planner.draft.again}
+        offered = frozenset(p.value for p in proposals if p.rebuild is None)
+        draft = self._draft(step, offered | frozenset(n for n in step.nodes if n.name in again))
+        kept = {n.name for n in planner.ground.kept}
+        ground = Plan(frozenset(n for n in step.early_values() if n.name in kept))
+        bound = frozenset(n for n in step.nodes if must_recompute(n))
+        return Planner(draft, ground, proposals, bound), loops
+
     def _draft(self, step: Step, again: frozenset[fx.Node]) -> Draft:
         """The step's draft, where the values of ``again`` may run twice."""
         # With one output of an op, the op: a tuple itself can never be kept.
@@ -142,21 +189,26 @@ class Compiler:
         return total_budget(self.options, step.input_bytes() + self.held, inductor)
 
     def _search(
-        self, step: Step, ladder: Ladder, planner: Planner, first: Tried, budget: int | None
+        self, step: Step, ladder: Ladder, first: Tried, budget: int | None, plain: Ladder
     ) -> Tried:
-        def lower(cut: Split, drafted: Drafted) -> tuple[int, int]:
-            return self._lower(step, cut, drafted)
-
-        search = Search(step, planner, ladder, lower, first, self.held)
-        chosen = search.lowest() if budget is None else search.fitting(budget)
+        """The closed loop; where Inductor cannot lower a loop, once more without any."""
+        search = Search(step, ladder, self._lower, first, self.held)
+        try:
+            chosen = search.lowest() if budget is None else search.fitting(budget)
+        except Exception as error:
+            if ladder is plain or self.options.strict:
+                raise
+            self.notes.append(f"loops left out: Inductor raised {type(error).__name__}")
+            return self._search(step, plain, first, budget, plain)
         if chosen is not None:
             return chosen
         assert budget is not None
         least = search.least
         self._guard_refusal(step, least, budget)
         raise refuse(
-            self.options, step, least.drafted, budget=budget, floor=least.unpooled, held=self.held
-        )
+            self.options, least.step, least.drafted,
+            budget=budget, floor=least.unpooled, held=self.held,
+        )  # fmt: skip
 
     def _settle(self, step: Step, chosen: Tried, budget: int | None) -> None:
         """What the choice asks of the lowering, and of later lengths."""
@@ -199,22 +251,28 @@ class Compiler:
         step = Step(module, len(results))
         drafted = Draft(step, calibrate(_device(step)), fused=self.fused).under(Plan(frozenset()))
         own = Split(module, None)
-        first = Tried(drafted, own, *self._lower(step, own, drafted))
+        first = Tried(step, drafted, own, *self._lower(step, own, drafted))
         budget = self._budget(step, first.peak)
         wanted = budget is not None or self.options.limit.kind == "min"
-        chosen, floor, proposals = first if budget is None else first.within(budget), None, []
+        proposals: list[Proposal] = []
+        chosen, floor = first if budget is None else first.within(budget), None
         if wanted and drafted.forward.ops and (budget is None or chosen.peak > budget):
             late = Step(module, len(results), late_from=_late_from(step, drafted))
-            proposals = self.pipeline.propose(late)
+            proposals, _ = _sorted(self.pipeline.offers(late))
             planner = self._whole_planner(late, proposals)
-            ladder = planner.build()
+            plain = ladder = planner.build()
+            loops = _sorted(self.pipeline.offers(step, again=True))[1]
+            if loops:
+                ladder = _merged(plain, self._whole_with_loops(step, loops))
             step, floor = late, ladder.floor.peak
-            first = dataclasses.replace(first, drafted=planner.ground_draft)
-            chosen = self._search(late, ladder, planner, first, budget)
+            first = dataclasses.replace(first, step=late, drafted=planner.ground_draft)
+            chosen = self._search(late, ladder, first, budget, plain)
         explained = explain(
             step=step,
             before=first.drafted,
             after=chosen.drafted,
+            after_step=chosen.step,
+            loops=self._loops(chosen),
             proposals=proposals,
             budget=budget,
             inductor=first.peak,
@@ -226,10 +284,39 @@ class Compiler:
         self._settle(step, chosen, budget)
         return chosen.split.forward, explained
 
+    def _whole_with_loops(self, step: Step, loops: list[Loop]) -> Ladder:
+        """The ladder of a graph without a split, with the loops that lower its peak."""
+        nothing = Plan(frozenset())
+        base = Planner(self._draft(step, frozenset()), nothing, [])
+        found = with_loops(base, nothing, loops, self._anew, self._loop_failed)
+        if found is None:
+            return Ladder()
+        looped, rows = found
+        inner = looped.draft.step
+        from_here = _late_from(inner, looped.drafted(nothing))
+        late = Step(inner.module, inner.num_outputs, late_from=from_here)
+        self.looped = late, rows
+        proposals, _ = _sorted(self.pipeline.offers(late, again=True))
+        return self._whole_planner(late, proposals).build()
+
     def _whole_planner(self, step: Step, proposals: list[Proposal]) -> Planner:
         draft = self._draft(step, frozenset(p.value for p in proposals if p.rebuild is None))
         kept = frozenset(n for n in draft.needed_late if n.op == "call_function")
         return Planner(draft, Plan(kept), proposals)
+
+
+def _merged(one: Ladder, other: Ladder) -> Ladder:
+    """The rungs of both that none beats."""
+    merged = Ladder()
+    for rung in (*one.rungs, *other.rungs):
+        merged.offer(rung)
+    return merged
+
+
+def _sorted(offers: list[Proposal | Loop]) -> tuple[list[Proposal], list[Loop]]:
+    """Moves of single values, and loops."""
+    proposals = [move for move in offers if isinstance(move, Proposal)]
+    return proposals, [move for move in offers if isinstance(move, Loop)]
 
 
 def _late_from(step: Step, drafted: Drafted) -> fx.Node:

@@ -39,6 +39,7 @@ class Pass(abc.ABC):
     """What both kinds share. Subclasses are frozen dataclasses with a ``name``."""
 
     name: ClassVar[str]
+    by_default: ClassVar[bool] = True  #: a built-in that runs only when named says False
 
     @property
     def exactness(self) -> Exactness:
@@ -61,7 +62,7 @@ class Proposer(Pass):
     """A pass that offers moves and rewrites nothing."""
 
     @abc.abstractmethod
-    def propose(self, step: Step, context: Context) -> Iterable[Proposal]:
+    def propose(self, step: Step, context: Context) -> Iterable[Proposal | Loop]:
         """The moves this pass can make on ``step``; the planner chooses among them."""
 
 
@@ -90,6 +91,20 @@ class Proposal:
     value: fx.Node
     how: str = "recompute"
     rebuild: Rebuild | None = None
+    by: str = dataclasses.field(default="", compare=False)  #: filled in by the pipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """The other move: a region around ``value`` runs in ``chunks`` of its dimension ``dim``.
+
+    The engine finds the region, on both sides of the step; where there is none, the move
+    is not one. A count that does not divide the dimension leaves a shorter last chunk.
+    """
+
+    value: fx.Node
+    dim: int
+    chunks: int
     by: str = dataclasses.field(default="", compare=False)  #: filled in by the pipeline
 
 

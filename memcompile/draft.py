@@ -1,69 +1,23 @@
 """A light copy of the step that moves edit; its timeline decides.
 
-A plan is a set of *kept* roots (early values stored for the backward) plus the
-rebuilds chosen for some others; every early value that a late reader needs and
-that is neither is computed again, as late as possible. Nothing is deleted by hand:
-what nobody needs is never built, so undoing a move is drafting without it.
+Nothing is deleted by hand: what nobody needs is never built, so undoing a move is
+drafting without it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from torch import fx
 
 from memcompile.analysis import ops as op_kinds
 from memcompile.analysis.cost import Rates, node_seconds
-from memcompile.analysis.timeline import Kind, Op, Timeline, simulate
+from memcompile.analysis.timeline import Kind, Op, simulate
 from memcompile.contract import Proposal, Rebuild
+from memcompile.plan import Drafted, Late, Plan
 from memcompile.step import Step, tensors
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is kept from forward to backward, and what is rebuilt in another way."""
-
-    kept: frozenset[fx.Node]
-    rebuilt: Mapping[fx.Node, Proposal] = dataclasses.field(default_factory=dict)
-
-    def key(self) -> tuple[frozenset[fx.Node], frozenset[tuple[fx.Node, int]]]:
-        """Equal plans have equal keys."""
-        moves = frozenset((v, id(p.rebuild)) for v, p in self.rebuilt.items())
-        return self.kept, moves
-
-
-@dataclasses.dataclass(slots=True)
-class Late:
-    """One node of the backward: the step's own, or a copy of an early one."""
-
-    node: fx.Node
-    copy: bool
-
-
-@dataclasses.dataclass
-class Drafted:
-    """A draft under one plan: what runs, what it costs."""
-
-    plan: Plan
-    forward: Timeline
-    backward: Timeline
-    saved: list[fx.Node]  #: early roots stored for the backward
-    stored: list[fx.Node]  #: encoded outputs stored for the backward (rebuild graphs' nodes)
-    early: list[fx.Node]  #: the forward's order, views and unneeded nodes included
-    late: list[Late | Proposal]  #: the backward's order, views left out
-    seconds: float
-
-    @property
-    def peak(self) -> int:
-        """Bytes, what lives before the step included."""
-        return max(self.forward.peak, self.backward.peak)
-
-    @property
-    def copies(self) -> list[fx.Node]:
-        """The early nodes that run again."""
-        return [item.node for item in self.late if isinstance(item, Late) and item.copy]
 
 
 @dataclasses.dataclass(slots=True)
@@ -76,10 +30,14 @@ class _Info:
     seconds: float
     heavy: bool
     drawn: bool
+    work: int = 0
 
     def op(self, node: fx.Node, inputs: tuple[int, ...], keep: bool = False) -> Op:
         """The node's op, reading what stands at the places ``inputs``."""
-        return Op(node, self.kind, inputs, self.bytes, self.seconds, self.heavy, self.drawn, keep)
+        return Op(
+            node, self.kind, inputs, self.bytes, self.seconds, self.heavy, self.drawn, keep,
+            work=self.work,
+        )  # fmt: skip
 
 
 class Draft:
@@ -134,6 +92,9 @@ class Draft:
         several = isinstance(node.meta.get("val"), (list, tuple))
         view = roots[node] is not node
         free = kind == Kind.SOURCE or view
+        loop = node.meta.get("loop")
+        if loop is not None:
+            return _Info(tuple(inputs), kind, 0, loop.seconds, False, False, loop.bytes)
         return _Info(
             tuple(inputs),
             kind,

@@ -11,8 +11,8 @@ from torch import fx
 from memcompile.analysis.ops import op_name
 from memcompile.analysis.timeline import Kind, Timeline
 from memcompile.contract import Proposal
-from memcompile.draft import Drafted
-from memcompile.report import MoveRow, Point, ValueRow
+from memcompile.plan import Drafted
+from memcompile.report import LoopRow, MoveRow, Point, ValueRow
 from memcompile.split import Split
 from memcompile.step import Step, source_line, tensors
 from memcompile.symbolic import peak_expression
@@ -35,6 +35,7 @@ class Explained:
     peak_expression: str
     symbols: dict[str, int]
     moves: tuple[MoveRow, ...]
+    loops: tuple[LoopRow, ...]
     largest: tuple[ValueRow, ...]
     timeline_before: tuple[Point, ...]
     timeline_after: tuple[Point, ...]
@@ -50,6 +51,8 @@ def explain(
     step: Step,
     before: Drafted,
     after: Drafted,
+    after_step: Step,
+    loops: tuple[LoopRow, ...],
     proposals: Sequence[Proposal],
     budget: int | None,
     inductor: int,
@@ -68,16 +71,17 @@ def explain(
         # No gain over Inductor's own split is claimed: the roofline is too coarse for it.
         seconds=max(0.0, after.seconds - before.seconds),
         step_seconds=before.seconds,
-        peak_expression=str(peak_expression(step, after)) if step.dynamic else "",
+        peak_expression=str(peak_expression(after_step, after)) if step.dynamic else "",
         symbols={str(symbol): value for symbol, value in step.symbols().items()},
         moves=tuple(_moves(step, before, after, proposals)),
-        largest=tuple(_largest(step, after)),
+        loops=loops,
+        largest=tuple(_largest(after_step, after)),
         timeline_before=_points(step, before),
-        timeline_after=_points(step, after) if after is not before else (),
+        timeline_after=_points(after_step, after) if after is not before else (),
         graph_before=_text(step.module),
         forward=_text(split.forward) if split else "",
         backward=_text(split.backward) if split and split.backward else "",
-        held_after=_held_after(step, after),
+        held_after=_held_after(after_step, after),
     )
 
 
@@ -98,33 +102,38 @@ def _moves(
     step: Step, before: Drafted, after: Drafted, proposals: Sequence[Proposal]
 ) -> list[MoveRow]:
     """Values stored before and not after are moved; the other way round they are kept."""
-    owner = {p.value: p.by for p in proposals if p.rebuild is None}
-    was, now = set(before.saved), set(after.saved)
-    rows = []
+    owner = {p.value.name: p.by for p in proposals if p.rebuild is None}
+    # A step with loops is another graph; what they left alone has kept its name.
+    was, now = {n.name for n in before.saved}, {n.name for n in after.saved}
+    there = {n.name for n in after.early}
+    rebuilt = {value.name: move for value, move in after.plan.rebuilt.items()}
     per_copy = _copy_seconds(before, after)
+    rows = []
     for node in before.saved:
-        if node in now:
+        if node.name in now:
             continue
-        other = after.plan.rebuilt.get(node)
-        by, how = (other.by, other.how) if other else (owner.get(node, "?"), "recompute")
-        seconds = per_copy.get(node, 0.0)
+        other = rebuilt.get(node.name)
+        by, how = (other.by, other.how) if other else (owner.get(node.name, "?"), "recompute")
+        if node.name not in there:
+            how = "loop"
+        seconds = per_copy.get(node.name, 0.0)
         rows.append(MoveRow(by, node.name, how, source_line(node), step.bytes(node), seconds))
     for node in after.saved:
-        if node not in was:
-            gain = -per_copy.get(node, 0.0)
+        if node.name not in was and step.bytes(node):
+            gain = -per_copy.get(node.name, 0.0)
             rows.append(
                 MoveRow("planner", node.name, "keep", source_line(node), -step.bytes(node), gain)
             )
     return rows
 
 
-def _copy_seconds(before: Drafted, after: Drafted) -> dict[fx.Node, float]:
+def _copy_seconds(before: Drafted, after: Drafted) -> dict[str, float]:
     """Predicted seconds of each op that one backward computes itself."""
-    seconds: dict[fx.Node, float] = {}
+    seconds: dict[str, float] = {}
     for line in (before.backward, after.backward):
         for place, op in enumerate(line.ops):
             if op.kind != Kind.SOURCE:
-                seconds[op.node] = max(line.real.seconds[place], op.seconds)
+                seconds[op.node.name] = max(line.real.seconds[place], op.seconds)
     return seconds
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+from typing import Any
 
-from memcompile.draft import Plan
+from memcompile.plan import Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +16,7 @@ class Rung:
     peak: int  #: total bytes
     seconds: float  #: of the whole step
     plan: Plan
+    planner: Any = dataclasses.field(default=None, compare=False)  #: whose step it plans
 
 
 class Ladder:

@@ -190,6 +190,7 @@ class Walk:
         self.peak = 0
         self.moments: list[Moment] = []
         self.unread: list[str] = []
+        self.bodies: list[Any] = []  #: of loops walked already
         self.gone: set[str] = set()  #: freed here, held for another buffer by Inductor
         self.outputs = set(graph.get_output_names())
 
@@ -204,7 +205,7 @@ class Walk:
             handler = getattr(self, "_on_" + type(line).__name__, None)
             if handler is not None:
                 handler(line)
-            elif isinstance(line, str) and re.match(r"buf\d+ = ", line):
+            elif isinstance(line, str) and re.match(r"buf\d+ = (?!\[None\])", line):
                 self.unread.append(line)
         kept = {self.root.get(name, name) for name in self.outputs}
         end = sum(size for root, size in self.size.items() if root in kept)
@@ -282,6 +283,17 @@ class Walk:
             self._alias(name, known[0])
         else:
             self._allocate(name, self._bytes(buffer), buffer)
+
+    def _on_EnterSubgraphLine(self, line: Any) -> None:
+        """A loop's body: what it allocates is gone after each trip."""
+        if any(line.graph is known for known in self.bodies):
+            return
+        self.bodies.append(line.graph)
+        with _torch.V.set_graph_handler(line.graph):
+            body = Walk(line.graph, False, set(), self.scratch, self.pooled).run()
+        self.unread += body.unread
+        self.peak = max(self.peak, self.live + body.peak)
+        self.moments.append(Moment(line.graph.name, self.live + body.peak))
 
     def _on_ExternKernelOutLine(self, line: Any) -> None:
         self._work(line.node)

@@ -10,7 +10,7 @@ from torch import fx
 
 from memcompile import _torch
 from memcompile.analysis.ops import runs_twice
-from memcompile.contract import Context, Pass, Proposal, Proposer, Rewrite
+from memcompile.contract import Context, Loop, Pass, Proposal, Proposer, Rewrite
 from memcompile.errors import PassError
 from memcompile.registry import source_key, spell
 from memcompile.report import Ran
@@ -64,12 +64,16 @@ class Pipeline:
         return False
 
     def propose(self, step: Step) -> list[Proposal]:
-        """Every proposer's moves on ``step``, those of an inexact pass included."""
-        found: list[Proposal] = []
+        """Every proposer's moves of single values, those of an inexact pass included."""
+        return [move for move in self.offers(step) if isinstance(move, Proposal)]
+
+    def offers(self, step: Step, again: bool = False) -> list[Proposal | Loop]:
+        """Every proposer's moves on ``step``; recorded, unless they are asked for ``again``."""
+        found: list[Proposal | Loop] = []
         for each in self.passes:
             if not isinstance(each, Proposer):
                 continue
-            offered: list[Proposal] = []
+            offered: list[Proposal | Loop] = []
             try:
                 for proposal in each.propose(step, self.context):
                     _check(proposal, step)
@@ -78,7 +82,8 @@ class Pipeline:
                 self._record(each, False, _said(error), error)
                 continue
             found.extend(offered)
-            self._record(each, False, f"offered {len(offered)} moves")
+            if not again:
+                self._record(each, False, f"offered {len(offered)} moves")
         return found
 
     def _record(
@@ -96,9 +101,17 @@ def _said(error: Exception) -> str:
     return f"raised {type(error).__name__}: {first}"
 
 
-def _check(proposal: Proposal, step: Step) -> None:
+def _check(proposal: Proposal | Loop, step: Step) -> None:
     """Refuse a move that would compute something else."""
     value = proposal.value
+    if isinstance(proposal, Loop):
+        shape = value.meta["val"].shape if isinstance(value.meta.get("val"), torch.Tensor) else ()
+        if proposal.chunks < 2 or not 0 <= proposal.dim < len(shape):
+            raise PassError(
+                f"offers a loop of {proposal.chunks} chunks over dimension {proposal.dim} of node "
+                f"{value.name}, of shape {list(shape)}; offer 2 or more over one of its own"
+            )
+        return
     owns = value.op == "call_function" and step.roots[value] is value
     if value not in step.sides.early or not owns:
         raise PassError(

@@ -21,8 +21,9 @@ from torch import fx
 
 from memcompile.analysis.timeline import Kind
 from memcompile.contract import Proposal
-from memcompile.draft import Draft, Drafted, Plan
+from memcompile.draft import Draft
 from memcompile.ladder import Ladder, Rung
+from memcompile.plan import Drafted, Plan
 
 #: Rungs a walk aims for, and drafts in all, by the size of the step.
 STEPS = 40
@@ -102,7 +103,7 @@ class Planner:
             drafted = self.draft.under(plan)
             self.drafts += 1
             self.seen[key] = drafted
-            self.ladder.offer(Rung(drafted.peak, drafted.seconds, plan))
+            self.ladder.offer(Rung(drafted.peak, drafted.seconds, plan, self))
         return drafted
 
     def _walk_down(self, plan: Plan, drafts: int) -> None:

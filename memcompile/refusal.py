@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from memcompile.draft import Drafted
 from memcompile.errors import BudgetError
 from memcompile.options import Options, format_bytes
+from memcompile.plan import Drafted
 from memcompile.step import Step, source_line
 
 

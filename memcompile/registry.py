@@ -53,12 +53,12 @@ def _load(point: importlib.metadata.EntryPoint) -> type[Pass]:
 
 
 def defaults() -> list[Pass]:
-    """Every built-in pass that is exact; a stranger's pass runs only when named."""
+    """The built-in passes that are exact and on by default; a stranger's only when named."""
     passes = []
     for point in importlib.metadata.entry_points(group=GROUP):
         if point.dist is None or point.dist.name == "memcompile":
             configured = _load(point)()
-            if configured.exactness != "no":
+            if configured.exactness != "no" and configured.by_default:
                 passes.append(configured)
     return passes
 

@@ -41,6 +41,22 @@ class MoveRow:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoopRow:
+    """One region of the step that runs as loops."""
+
+    by: str  #: the pass that offered it, as a pipeline spells it
+    value: str  #: the value it grew from, never whole
+    source: str
+    dim: int  #: of ``value``, the dimension that is sliced
+    length: int  #: of the region's shortest sliced dimension
+    chunks: int
+    nodes: int  #: ops inside, forward and backward
+    bytes: int  #: of ``value``, were it whole
+    peak_before: int  #: predicted total bytes of the least-peak plan without this loop
+    peak_after: int  #: and with it
+
+
+@dataclasses.dataclass(frozen=True)
 class Point:
     """The bytes alive while one node runs."""
 
@@ -93,6 +109,7 @@ class Report:
     peak_expression: str = ""  #: symbolic predicted peak, e.g. "48*s0**2 + 1024"
     symbols: dict[str, int] = dataclasses.field(default_factory=dict)  #: as traced
     moves: tuple[MoveRow, ...] = ()
+    loops: tuple[LoopRow, ...] = ()  #: regions that run chunk by chunk
     passes: tuple[Ran, ...] = ()
     largest: tuple[ValueRow, ...] = ()
     timeline_before: tuple[Point, ...] = ()
@@ -119,6 +136,7 @@ class Report:
         try:
             data: dict[str, Any] = json.loads(text)
             data["moves"] = tuple(MoveRow(**row) for row in data["moves"])
+            data["loops"] = tuple(LoopRow(**row) for row in data["loops"])
             data["passes"] = tuple(Ran(**row) for row in data["passes"])
             data["largest"] = tuple(
                 ValueRow(**{**row, "shape": tuple(row["shape"])}) for row in data["largest"]

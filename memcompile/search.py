@@ -5,20 +5,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from memcompile.draft import Drafted
 from memcompile.ladder import Ladder, Rung
+from memcompile.plan import Drafted
 from memcompile.planner import Planner
 from memcompile.split import Split, rewrite_whole, split
 from memcompile.step import Step
 
 #: Schedulings of one graph, Inductor's own included.
 TRIES = 3
+#: Share of the room that a second try aims for: its error may be larger than the first one's.
+SAFE = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
 class Tried:
     """A split and what it lowers to, in total bytes."""
 
+    step: Step
     drafted: Drafted
     split: Split
     peak: int
@@ -36,24 +39,22 @@ class Tried:
 
 
 #: Total bytes of a split once lowered: buffers pooled, and not.
-Lower = Callable[[Split, Drafted], tuple[int, int]]
+Lower = Callable[[Step, Split, Drafted], tuple[int, int]]
 
 
 class Search:
     """Looks for the cheapest rung whose lowered peak fits.
 
     Args:
-        step: the step.
-        planner: whose ladder it is.
+        step: the step as captured; a rung may plan it with some of its regions as loops.
+        ladder: the rungs.
         lower: lowers a split.
         first: Inductor's own split, lowered.
         held: bytes that earlier graphs of the step hold; part of every lowered peak.
     """
 
-    def __init__(
-        self, step: Step, planner: Planner, ladder: Ladder, lower: Lower, first: Tried, held: int
-    ) -> None:
-        self.step, self.planner, self.ladder = step, planner, ladder
+    def __init__(self, step: Step, ladder: Ladder, lower: Lower, first: Tried, held: int) -> None:
+        self.step, self.ladder = step, ladder
         self.lower, self.first, self.held = lower, first, held
         self.least = first  #: the lowest peak seen
 
@@ -68,12 +69,17 @@ class Search:
         return min(tries, key=lambda t: (t.peak, t.drafted.seconds))
 
     def fitting(self, budget: int) -> Tried | None:
-        """The cheapest tried rung whose lowered peak is at most ``budget``; ``None`` for none."""
+        """The cheapest tried rung whose lowered peak is at most ``budget``; ``None`` for none.
+
+        A budget is refused only when the floor itself has been lowered and missed it, be
+        that one scheduling more than ``TRIES``.
+        """
         inputs = self.step.input_bytes()
         room = max(0, budget - inputs - self.held)
         error = self._error(self.first)
+        floor = self.ladder.floor
         fits: Tried | None = None
-        rung = self.ladder.fit(inputs + int(room / max(1.0, error))) or self.ladder.floor
+        rung = self.ladder.fit(inputs + int(room / max(1.0, error))) or floor
         for left in range(TRIES - 2, -1, -1):
             tried = self._try(rung, budget)
             error = self._error(tried)
@@ -86,22 +92,21 @@ class Search:
                     return fits
                 rung = looser
                 continue
-            if fits is not None:
+            if fits is not None or rung is floor:
                 return fits
-            target = inputs + int(0.97 * room / max(error, 1e-9))
-            tighter = self.ladder.fit(min(target, rung.peak - 1)) or self.ladder.floor
-            if tighter.plan.key() == rung.plan.key():
-                break
-            rung = tighter
-        return fits
+            target = inputs + int(SAFE * room / max(error, 1e-9))
+            rung = self.ladder.fit(min(target, rung.peak - 1)) or floor
+        last = self._try(floor, budget)  # only the floor's own miss is a refusal
+        return last if last.peak <= budget else None
 
     def _try(self, rung: Rung, budget: int | None) -> Tried:
-        drafted = self.planner.drafted(rung.plan)
-        if self.step.late_from is not None:
-            cut = Split(rewrite_whole(self.step, drafted), None)
+        planner: Planner = rung.planner
+        step, drafted = planner.draft.step, planner.drafted(rung.plan)
+        if step.late_from is not None:
+            cut = Split(rewrite_whole(step, drafted), None)
         else:
-            cut = split(self.step, drafted)
-        tried = Tried(drafted, cut, *self.lower(cut, drafted)).within(budget)
+            cut = split(step, drafted)
+        tried = Tried(step, drafted, cut, *self.lower(step, cut, drafted)).within(budget)
         self.least = min((self.least, tried), key=lambda t: t.unpooled)
         return tried
 

@@ -147,6 +147,25 @@ def _biggest(moves: Sequence[MoveRow]) -> Table:
     return Table(title, columns, rows, columns[3:5])
 
 
+def _loops(report: Report) -> Table:
+    """The regions that run chunk by chunk."""
+    rows = tuple(
+        (
+            loop.value,
+            loop.by,
+            f"{loop.dim} of {loop.length:,}",
+            f"{loop.chunks:,}",
+            f"{loop.nodes:,}",
+            size(loop.bytes),
+            f"{size(loop.peak_before)} to {size(loop.peak_after)}",
+            loop.source,
+        )
+        for loop in report.loops
+    )
+    columns = ("value", "pass", "dimension", "chunks", "ops", "bytes", "least peak", "source")
+    return Table("Loops", columns, rows, columns[3:7])
+
+
 def _largest(report: Report) -> Table:
     """The largest values alive at the peak."""
     rows = tuple(
@@ -178,7 +197,7 @@ def tables(report: Report) -> list[Table]:
     grouped = _groups(report.moves)
     if len(grouped.rows) < len(report.moves):
         found.append(grouped)
-    found += [_biggest(report.moves), _largest(report), _passes(report)]
+    found += [_loops(report), _biggest(report.moves), _largest(report), _passes(report)]
     return [table for table in found if table.rows]
 
 

@@ -14,7 +14,7 @@ from torch import fx
 
 from memcompile import _torch
 from memcompile.contract import Rebuild
-from memcompile.draft import Drafted, Late
+from memcompile.plan import Drafted, Late
 from memcompile.step import Step
 
 

@@ -84,6 +84,11 @@ def is_view(node: fx.Node) -> bool:
     return alias is not None and not alias.is_write and bool(node.args)
 
 
+def is_loop(node: fx.Node) -> bool:
+    """A loop over chunks; its last outputs own the buffers it writes into."""
+    return node.target is torch.ops.higher_order.while_loop
+
+
 def _splits_views(node: fx.Node) -> bool:
     """``split`` and friends: a list of views of one tensor."""
     target = node.target
@@ -223,6 +228,8 @@ class Step:
     @functools.cached_property
     def _bytes(self) -> Any:
         def count(node: fx.Node) -> int:
+            if node.meta.get("buffer"):
+                return 0  # counted where the loop that fills it returns it
             if self.sizes:
                 return int(self.bytes_expr(node).subs(self.sizes))
             return sum(hint(tensor_size(t)) for t in tensors(node))

@@ -9,7 +9,7 @@ import sympy
 from torch import fx
 
 from memcompile.analysis.timeline import Kind, Timeline
-from memcompile.draft import Drafted
+from memcompile.plan import Drafted
 from memcompile.step import Step
 
 

@@ -14,7 +14,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from memcompile import Proposal, Step, rebuild
 from memcompile.analysis.cost import FIXED
-from memcompile.draft import Draft, Plan
+from memcompile.draft import Draft
+from memcompile.plan import Plan
 from memcompile.planner import Ladder, Planner, Rung
 
 # ---------------------------------------------------------------- small random steps

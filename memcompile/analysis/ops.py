@@ -9,6 +9,7 @@ from torch import fx
 
 from memcompile import _torch
 from memcompile.analysis.timeline import Kind
+from memcompile.step import is_loop
 
 aten = torch.ops.aten
 
@@ -163,6 +164,8 @@ def runs_twice(node: fx.Node) -> bool:
     if node.target is operator.getitem:
         base = node.args[0]
         return isinstance(base, fx.Node) and runs_twice(base)
+    if is_loop(node):
+        return True
     target = node.target
     if not isinstance(target, _torch.OpOverload):
         return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))

@@ -41,6 +41,7 @@ class Op:
     drawn: bool = False  #: a random draw: Inductor makes it a buffer, however few read it
     keep: bool = False  #: alive when the graph ends
     owned: bool = True  #: for a source: the graph frees it after its last use
+    work: int = 0  #: bytes alive inside it while it runs
     traffic: int = 0  #: bytes a read moves, where ``bytes`` is not it (inputs count as zero)
 
 
@@ -227,7 +228,7 @@ def simulate(ops: Sequence[Op], base: int = 0) -> Timeline:
         if op.kind != Kind.SOURCE and real.real[j]:
             reuse = op.kind < Kind.EXTERN and op.bytes in dies_into[j]
             current += op.bytes
-            live[j] = current - op.bytes if reuse else current
+            live[j] = (current - op.bytes if reuse else current) + op.work
         else:
             live[j] = current
         current -= freed[j]

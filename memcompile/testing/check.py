@@ -13,10 +13,13 @@ from torch import fx
 from memcompile import _torch
 from memcompile.analysis.cost import FIXED
 from memcompile.analysis.ops import runs_twice
-from memcompile.contract import Context, Exactness, Pass, Proposal, Proposer, Rewrite
-from memcompile.draft import Draft, Drafted, Plan
+from memcompile.contract import Context, Exactness, Loop, Pass, Proposal, Proposer, Rewrite
+from memcompile.draft import Draft
 from memcompile.errors import PassError
+from memcompile.loop import Looped
 from memcompile.pipeline import Pipeline, fingerprint
+from memcompile.plan import Drafted, Plan
+from memcompile.region import find
 from memcompile.registry import spell
 from memcompile.split import inductor_split, split
 from memcompile.step import Step, must_save, source_line
@@ -168,7 +171,8 @@ class _Check:
         step = self.graph.step
         proposals = self._offered(step)
         self.moves = len(proposals)
-        if not step.tangents:
+        self._loops(step)
+        if not step.tangents or not proposals:
             return
         again = frozenset(n for n in step.sides.early if runs_twice(n) and not must_save(n))
         draft, ground = Draft(step, FIXED, again, fused=False), _ground(step)
@@ -197,6 +201,29 @@ class _Check:
         together = draft.under(_plan(ground, list(first.values())))
         self._try("all moves at once", None, together, without)
         self.after = _stored(step, together)
+
+    def _loops(self, step: Step) -> None:
+        """Each region that is offered, looped on its own: the same results."""
+        loops = [move for move in self.pipeline.offers(step, again=True) if isinstance(move, Loop)]
+        self.moves += len(loops)
+        without: list[Result] = []
+        tried: set[tuple[fx.Node, int]] = set()
+        for loop in loops:
+            found = (
+                find(step, loop.value, loop.dim) if (loop.value, loop.dim) not in tried else None
+            )
+            tried.add((loop.value, loop.dim))
+            if found is None or found.length < loop.chunks:
+                continue
+            label = f"a loop over dimension {loop.dim} of node {loop.value.name}"
+            try:
+                got = run_joint(self.graph, Looped(step, found, loop.chunks, FIXED).write())[0]
+            except Exception as error:  # an op that does not stand a smaller shape
+                raise self.fail(f"{label} cannot run: {error}", loop.value) from error
+            if not without:
+                without = run_joint(self.graph, step.module)[0]
+                self._steady(without, run_joint(self.graph, step.module)[0])
+            self._compare(label, loop.value, without, got)
 
     def _offered(self, step: Step) -> list[Proposal]:
         before = fingerprint(step.graph)

@@ -1,8 +1,8 @@
-"""Every private name of torch this project uses, imported here and nowhere else.
+"""Every private name of torch this project uses, imported in this folder and nowhere else.
 
 Checked by running on torch 2.13.0 (CPU), and by reading against the sources of 2.11.0
 and 2.12.0: where they differ, a comment names the release. ``tests/test_house.py``
-imports each name. When a release moves something, this file is what to mend.
+imports each name. When a release moves something, this folder is what to mend.
 """
 
 from __future__ import annotations

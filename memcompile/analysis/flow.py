@@ -1,0 +1,247 @@
+"""How a dimension flows through ops: sliced, whole, or carried by a loop.
+
+A chunk is a shard in time: DTensor's rules say which inputs of an op must be sliced for
+its output to be, and when the parts must be added up (Partial). What DTensor has no rule
+for, and Inductor's joint graphs hold, is added below by name. An op without a rule stops
+the flow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from memcompile import _torch
+from memcompile._torch.loops import propagate
+from memcompile.analysis.ops import is_random, op_name
+from memcompile.step import tensors
+
+#: A dimension (sliced), ``None`` (whole), or "sum", "max", "min" (carried by the loop).
+Place = int | str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """One way an op can be run chunk by chunk."""
+
+    inputs: tuple[Place, ...]  #: of its tensor arguments, in order
+    outputs: tuple[Place, ...]  #: one a tensor it returns
+
+
+def tensor_args(node: fx.Node) -> list[fx.Node]:
+    """The node's tensor arguments in order, repeats included."""
+    found: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), lambda n: found.append(n) if tensors(n) else None)
+    return found
+
+
+class Rules:
+    """Answers for one length of the sliced dimension; every question is asked once.
+
+    Args:
+        length: of the dimension; its chunks need not divide it.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.parts = _smallest_factor(length)
+        self._answers: dict[Any, Flow | None] = {}
+
+    def given(self, node: fx.Node, places: Iterable[Place]) -> Flow | None:
+        """The flow through ``node`` when its tensor arguments are placed so, if there is one.
+
+        What is given as sliced stays so; what is whole may be asked to be sliced.
+        """
+        places = tuple(places)
+        key = (_signature(node), places)
+        if key not in self._answers:
+            self._answers[key] = self._ask(node, places)
+        return self._answers[key]
+
+    def giving(self, node: fx.Node, output: int, dim: int) -> Flow | None:
+        """A flow through ``node`` that leaves its output number ``output`` sliced along ``dim``."""
+        arguments = tensor_args(node)
+        nothing: list[Place] = [None] * len(arguments)
+        if not arguments:
+            flow = self.given(node, nothing)
+            return Flow((), (dim,)) if flow is not None and op_name(node) in FACTORIES else None
+        for at, argument in enumerate(arguments):
+            for along in range(tensors(argument)[0].dim()):
+                flow = self.given(node, [*nothing[:at], along, *nothing[at + 1 :]])
+                if flow is not None and flow.outputs[output : output + 1] == (dim,):
+                    return flow
+        return None
+
+    def _ask(self, node: fx.Node, places: tuple[Place, ...]) -> Flow | None:
+        if node.op != "call_function" or any(isinstance(p, str) for p in places):
+            return None
+        if not _static(node):
+            return None
+        if node.target is operator.getitem:
+            return None
+        if is_random(node) or not isinstance(node.target, _torch.OpOverload):
+            return None
+        name = op_name(node)
+        if name in OWN:
+            return OWN[name](node, places)
+        if any(tensors(n) for n in _nodes(node.kwargs)):
+            return None
+        args = fx.node.map_arg(node.args, lambda n: n.meta["val"])
+        found = propagate(node.target, args, node.kwargs, places, self.parts)
+        if found is None:
+            return None
+        inputs, outputs = found
+        if any(p is not None and q != p for p, q in zip(places, inputs, strict=True)):
+            return None
+        if name in BOOLEAN and "sum" in outputs:  # parts of a truth value do not add up
+            return None
+        return Flow(inputs, outputs)
+
+
+def _smallest_factor(length: int) -> int:
+    for factor in range(2, int(length**0.5) + 1):
+        if length % factor == 0:
+            return factor
+    return max(2, length)
+
+
+def _static(node: fx.Node) -> bool:
+    if any(not tensors(n) for n in node.all_input_nodes):
+        return False  # a symbolic size among the arguments
+    values = [t for n in (node, *node.all_input_nodes) for t in tensors(n)]
+    return all(isinstance(size, int) for t in values for size in t.shape)
+
+
+def _nodes(values: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(values, found.append)
+    return found
+
+
+def _signature(node: fx.Node) -> Any:
+    def leaf(n: fx.Node) -> Any:
+        value = n.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            return ("t", tuple(map(str, value.shape)), tuple(map(str, value.stride())), value.dtype)
+        return ("o", n.name)
+
+    args = fx.node.map_arg((node.args, node.kwargs), lambda n: _Leaf(leaf(n)))
+    return (str(node.target), repr(args))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    what: Any
+
+
+# -- rules added by name ------------------------------------------------------------------
+
+#: Make a tensor from numbers alone, each element the same: any part is made alike.
+FACTORIES = frozenset({"full"})
+
+BOOLEAN = frozenset({"any", "all"})
+
+
+def _factory(node: fx.Node, places: tuple[Place, ...]) -> Flow:
+    return Flow((), (None,))
+
+
+def _pointwise(node: fx.Node, places: tuple[Place, ...]) -> Flow | None:
+    """Broadcasting elementwise ops: all operands are sliced along the output's dimension."""
+    (out,) = tensors(node)
+    given = {
+        p + out.dim() - tensors(a)[0].dim()
+        for a, p in zip(tensor_args(node), places, strict=True)
+        if isinstance(p, int)
+    }
+    if len(given) != 1:
+        return Flow(places, (None,)) if not given else None
+    (along,) = given
+    inputs: list[Place] = []
+    for argument in tensor_args(node):
+        value = tensors(argument)[0]
+        own = along - (out.dim() - value.dim())
+        inputs.append(own if own >= 0 and value.shape[own] == out.shape[along] else None)
+    if any(p is not None and p != q for p, q in zip(places, inputs, strict=True)):
+        return None
+    return Flow(tuple(inputs), (along,))
+
+
+def _same_dims(dims: Callable[[fx.Node], Iterable[int]]) -> Callable[..., Flow | None]:
+    """Ops over the dimensions ``dims``: any other one of the first argument is sliced through."""
+
+    def rule(node: fx.Node, places: tuple[Place, ...]) -> Flow | None:
+        (along, *others) = places
+        if along is None:
+            return Flow(places, (None,)) if not any(p is not None for p in others) else None
+        rank = tensors(tensor_args(node)[0])[0].dim()
+        if along in {d % rank for d in dims(node)} or any(p is not None for p in others):
+            return None
+        return Flow(places, (along,))
+
+    return rule
+
+
+def _scan_dims(node: fx.Node) -> list[int]:
+    return [node.args[1]]
+
+
+def _listed_dims(node: fx.Node) -> list[int]:
+    dims = node.args[2] if len(node.args) > 2 else node.kwargs.get("dims", ())
+    return list(dims) or list(range(tensors(tensor_args(node)[0])[0].dim()))
+
+
+def _flip_dims(node: fx.Node) -> list[int]:
+    return list(node.args[1])
+
+
+def _like_source(node: fx.Node, places: tuple[Place, ...]) -> Flow | None:
+    """Scatters along one dimension: self, index and source are sliced along any other."""
+    along = {p for p in places if p is not None}
+    if len(along) != 1:
+        return Flow(places, (None,)) if not along else None
+    (dim,) = along
+    values = [tensors(a)[0] for a in tensor_args(node)]
+    if dim == int(node.args[1]) % values[0].dim():
+        return None
+    if any(v.shape[dim] != values[0].shape[dim] for v in values):
+        return None
+    return Flow(tuple(dim for _ in values), (dim,))
+
+
+def _index_add(node: fx.Node, places: tuple[Place, ...]) -> Flow | None:
+    """``index_add(self, dim, index, source)``: sliced along any dimension but ``dim``."""
+    _, index, _ = places
+    along = {p for p in (places[0], places[2]) if p is not None}
+    if len(along) != 1 or index is not None:
+        return Flow(places, (None,)) if not along and index is None else None
+    (dim,) = along
+    rank = tensors(tensor_args(node)[0])[0].dim()
+    if dim == int(node.args[1]) % rank:
+        return None
+    return Flow((dim, None, dim), (dim,))
+
+
+OWN: dict[str, Callable[[fx.Node, tuple[Place, ...]], Flow | None]] = {
+    "full": _factory,
+    "fma": _pointwise,
+    "convert_element_type": _pointwise,
+    "cumsum": _same_dims(_scan_dims),
+    "cumprod": _same_dims(_scan_dims),
+    "roll": _same_dims(_listed_dims),
+    "flip": _same_dims(_flip_dims),
+    "_fft_r2c": _same_dims(_flip_dims),
+    "_fft_c2r": _same_dims(_flip_dims),
+    "_fft_c2c": _same_dims(_flip_dims),
+    "scatter_add": _like_source,
+    "scatter_reduce": _like_source,
+    "index_add": _index_add,
+}
+
+#: The rules for a length, with all that was asked of them before.
+rules_for = functools.lru_cache(maxsize=64)(Rules)

@@ -1,0 +1,363 @@
+"""Loops: a region of a step, run chunk by chunk by one compiled body.
+
+The loop is ``torch.ops.higher_order.while_loop``. It carries a counter, one full buffer
+for each output that is put together from slices, and one accumulator for each that is
+added up; the body views its slice of every sliced input, computes, and writes in place.
+A length that the chunk does not divide gets a second loop of one trip on the same buffers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from memcompile import _torch
+from memcompile.analysis import ops as op_kinds
+from memcompile.analysis.cost import Rates, node_seconds
+from memcompile.analysis.flow import Place
+from memcompile.analysis.timeline import Kind, Op, simulate
+from memcompile.region import Part, Region
+from memcompile.step import Step, hint, tensors
+
+aten = torch.ops.aten
+
+#: Which argument of an op is the shape of what it returns.
+SHAPE_AT = {"view": 1, "_unsafe_view": 1, "reshape": 1, "expand": 1, "full": 0}
+
+#: What a sum, maximum or minimum starts from.
+START = {"sum": 0.0, "max": float("-inf"), "min": float("inf")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trips:
+    """So many chunks of one size, from ``start`` on; in elements of the sliced dimension."""
+
+    start: int
+    count: int
+    size: int
+
+
+def trips(length: int, chunks: int) -> list[Trips]:
+    """Chunks of equal size, and one shorter one where they do not come out even."""
+    size = -(-length // chunks)
+    count, rest = divmod(length, size)
+    return [Trips(0, count, size)] + ([Trips(count * size, 1, rest)] if rest else [])
+
+
+class Looped:
+    """A copy of a step's graph in which the sides of a region are loops.
+
+    Args:
+        step: the step.
+        region: what the loops hold.
+        chunks: how many.
+        rates: what the device can do, for the loops' predicted seconds.
+    """
+
+    def __init__(self, step: Step, region: Region, chunks: int, rates: Rates) -> None:
+        self.step, self.region, self.rates = step, region, rates
+        self.runs = trips(region.length, chunks)
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, fx.Node] = {}
+        self.bodies: dict[str, fx.GraphModule] = {}
+        self.part_of: dict[fx.Node, Part] = {}
+        self.done: set[int] = set()
+        for part in (region.late, region.early):
+            if part is not None:
+                self.part_of.update(dict.fromkeys(part.nodes, part))
+
+    def write(self) -> fx.GraphModule:
+        """The new joint graph; its outputs and placeholders are those of the old one."""
+        last = {id(part): part.nodes[-1] for part in self.part_of.values()}
+        for node in self.step.nodes:
+            part = self.part_of.get(node)
+            if node.op == "output":
+                new = self.graph.output(fx.node.map_arg(node.args[0], self._emit))
+                new.meta.update(node.meta)
+            elif part is None:
+                self._emit(node)
+            elif node is last[id(part)]:
+                self._loop(part)
+        for name, body in self.bodies.items():
+            setattr(self.step.module, name, body)
+        module = fx.GraphModule(self.step.module, self.graph)
+        module.meta.update(self.step.module.meta)
+        module.graph.eliminate_dead_code()
+        module.recompile()
+        return module
+
+    def _emit(self, node: fx.Node) -> fx.Node:
+        """The node in the new graph, with all that it needs before it."""
+        if node not in self.env:
+            part = self.part_of.get(node)
+            if part is not None:
+                self._loop(part)
+            else:
+                for argument in node.all_input_nodes:
+                    self._emit(argument)
+                self.env[node] = self.graph.node_copy(node, self.env.__getitem__)
+        return self.env[node]
+
+    def _loop(self, part: Part) -> None:
+        """Emit a part's loop, after all that it reads."""
+        if id(part) in self.done:
+            return
+        self.done.add(id(part))
+        inputs = [n for n in part.inputs if not _is_scalar(n)]
+        given = [self._emit(n) for n in inputs]
+        buffers = [self._buffer(n) for n in part.outputs]
+        for run in self.runs:
+            for buffer in buffers:
+                buffer.meta["buffer"] = True
+            buffers = self._while(part, run, inputs, given, buffers)
+        for node, buffer in zip(part.outputs, buffers, strict=True):
+            self.env[node] = self._finished(node, buffer)
+
+    # -- around a loop --------------------------------------------------------------------
+
+    def _call(
+        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], like: fx.Node
+    ) -> fx.Node:
+        new = self.graph.call_function(target, args, kwargs)
+        values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with self._fake_mode():
+            new.meta["val"] = target(*values[0], **values[1])
+        self._describe(new, like)
+        return new
+
+    def _describe(self, new: fx.Node, like: fx.Node) -> None:
+        """Where it comes from; and that what the backward's loop writes is made there."""
+        for key in ("stack_trace", "nn_module_stack"):
+            if key in like.meta:
+                new.meta[key] = like.meta[key]
+        if like in self.step.sides.late:
+            new.meta["partitioner_tag"] = "must_be_in_backward"
+
+    def _fake_mode(self) -> Any:
+        return _torch.detect_fake_mode([self.region.seed.meta["val"]])
+
+    def _buffer(self, node: fx.Node) -> fx.Node:
+        """The whole of an output, with the strides its readers expect."""
+        value, place = node.meta["val"], self.region.places[node]
+        dtype, fill = value.dtype, 0.0
+        if isinstance(place, str):
+            dtype, fill = _accumulator(dtype), START[place]
+            if not dtype.is_floating_point and place != "sum":
+                info = torch.iinfo(dtype)
+                fill = info.min if place == "max" else info.max
+        order = sorted(range(value.dim()), key=lambda d: -hint(value.stride(d)))
+        options = {
+            "dtype": dtype,
+            "layout": torch.strided,
+            "device": value.device,
+            "pin_memory": False,
+        }
+        shape = [value.shape[d] for d in order]
+        fill = bool(fill) if dtype == torch.bool else fill if dtype.is_floating_point else int(fill)
+        full = self._call(aten.full.default, (shape, fill), options, node)
+        full.meta["buffer"] = True
+        if order == list(range(value.dim())):
+            return full
+        back = [order.index(d) for d in range(value.dim())]
+        return self._call(aten.permute.default, (full, back), {}, node)
+
+    def _finished(self, node: fx.Node, buffer: fx.Node) -> fx.Node:
+        value = node.meta["val"]
+        if buffer.meta["val"].dtype == value.dtype:
+            return buffer
+        convert = torch.ops.prims.convert_element_type.default
+        return self._call(convert, (buffer, value.dtype), {}, node)
+
+    def _while(
+        self,
+        part: Part,
+        run: Trips,
+        inputs: list[fx.Node],
+        given: list[fx.Node],
+        buffers: list[fx.Node],
+    ) -> list[fx.Node]:
+        like = part.nodes[-1]
+        options = {
+            "dtype": torch.int64,
+            "layout": torch.strided,
+            "device": "cpu",
+            "pin_memory": False,
+        }
+        counter = self._call(aten.full.default, ([], 0), options, like)
+        counter.meta["buffer"] = True
+        carried = (counter, *buffers)
+        values = [n.meta["val"] for n in (*carried, *given)]
+        body = self._trace(_Body(self, part, run, inputs).run, values)
+        cond = self._trace(lambda i, *rest: aten.lt.Scalar(i, run.count), values)
+        number = len(self.bodies) // 2
+        names = [self._name(f"loop_cond_{number}"), self._name(f"loop_body_{number}")]
+        self.bodies[names[0]], self.bodies[names[1]] = cond, body
+        functions = [self.graph.get_attr(name) for name in names]
+        loop = self.graph.call_function(
+            torch.ops.higher_order.while_loop, (*functions, carried, tuple(given))
+        )
+        loop.meta["val"] = tuple(n.meta["val"] for n in carried)
+        loop.meta["loop"] = self._cost(part, run)
+        self._describe(loop, like)
+        outs = []
+        for number, buffer in enumerate(buffers, 1):
+            out = self.graph.call_function(operator.getitem, (loop, number))
+            out.meta = {k: v for k, v in buffer.meta.items() if k != "buffer"}
+            outs.append(out)
+        return outs
+
+    def _name(self, wanted: str) -> str:
+        number, name = 0, wanted
+        while hasattr(self.step.module, name):
+            number += 1
+            name = f"{wanted}_{number}"
+        return name
+
+    def _trace(self, function: Any, values: list[Any]) -> fx.GraphModule:
+        mode = self._fake_mode()
+        _allow_scalar_outputs(mode)
+        with mode, torch.no_grad():
+            module = make_fx(function)(*values)
+        for node in module.graph.nodes:
+            node.meta.pop("from_node", None)
+        return module
+
+    def _cost(self, part: Part, run: Trips) -> LoopCost:
+        """Bytes one trip needs beside the buffers, and the seconds of all of them."""
+        share = run.size / self.region.length
+        place: dict[fx.Node, int] = {}
+        ops: list[Op] = []
+        written = set(part.outputs)
+        for node in (*part.inputs, *part.nodes):
+            root = self.step.roots[node]
+            if root is not node and root in place:
+                place[node] = place[root]
+                continue
+            inside = node in self.region.reads and node not in part.inputs
+            sliced = isinstance(self.region.places.get(node), int) or (
+                not inside and None not in part.inputs.get(node, {None})
+            )
+            size = int(self.step.bytes(node) * (share if sliced else 1.0))
+            place[node] = len(ops)
+            if not inside:
+                ops.append(Op(node, Kind.SOURCE, (), 0, owned=False, traffic=size))
+                continue
+            reads = tuple(dict.fromkeys(place[a] for a in node.all_input_nodes if a in place))
+            seconds = node_seconds(node, self.rates, materialised=False) * share
+            several = isinstance(node.meta.get("val"), (list, tuple))
+            own = 0 if several or (node in written and sliced) else size
+            heavy = op_kinds.op_name(node) in op_kinds.HEAVY
+            ops.append(Op(node, op_kinds.classify(node), reads, own, seconds, heavy))
+        line = simulate(ops)
+        buffers = sum(self.step.bytes(n) for n in part.outputs)
+        trip = line.seconds(self.rates.memory, self.rates.launch) + TRIP
+        return LoopCost(buffers + line.peak, trip * run.count)
+
+
+#: Seconds to call the body once, beside its kernels.
+TRIP = 5e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopCost:
+    """What a loop node costs."""
+
+    bytes: int  #: alive inside it beside its inputs, at most: its buffers and one trip
+    seconds: float  #: of all its trips
+
+
+class _Body:
+    """What one trip computes, called under tracing."""
+
+    def __init__(self, looped: Looped, part: Part, run: Trips, inputs: list[fx.Node]) -> None:
+        self.region, self.part, self.run_, self.inputs = looped.region, part, run, inputs
+
+    def run(self, counter: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        number = len(self.part.outputs)
+        buffers, given = rest[:number], rest[number:]
+        self.at = counter.item()
+        whole = dict(zip(self.inputs, given, strict=True))
+        slices = {
+            (node, place): self._slice(value, place)
+            for node, value in whole.items()
+            for place in self.part.inputs[node]
+        }
+        env: dict[fx.Node, Any] = {}
+        for node in self.part.nodes:
+            env[node] = self._compute(node, env, slices)
+        for node, buffer in zip(self.part.outputs, buffers, strict=True):
+            self._store(buffer, self.region.places[node], env[node])
+        return (aten.add.Tensor(counter, 1), *buffers)
+
+    def _slice(self, value: torch.Tensor, place: Place) -> torch.Tensor:
+        """This trip's part of a tensor, as a view."""
+        if not isinstance(place, int):
+            return value
+        run = self.run_
+        unit = int(value.shape[place]) // self.region.length
+        size = run.size * unit
+        shape = list(value.shape)
+        if run.count * size != shape[place]:
+            start = run.start * unit
+            value = aten.slice.Tensor(value, place, start, start + run.count * size)
+        parts = [*shape[:place], run.count, size, *shape[place + 1 :]]
+        return aten.select.int(aten.view.default(value, parts), place, self.at)
+
+    def _compute(self, node: fx.Node, env: dict[fx.Node, Any], slices: dict[Any, Any]) -> Any:
+        if node.target is operator.getitem:
+            return env[node.args[0]][node.args[1]]
+        places = iter(self.region.reads[node])
+
+        def read(argument: fx.Node) -> Any:
+            if not tensors(argument):
+                raise AssertionError("symbolic sizes do not enter a region")
+            place = next(places)
+            if argument in env:
+                return env[argument]
+            if _is_scalar(argument):
+                return argument.target(*argument.args, **argument.kwargs)
+            return slices[argument, place]
+
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), read)
+        at = SHAPE_AT.get(op_kinds.op_name(node))
+        if at is not None:
+            args = (*args[:at], self._local_shape(node), *args[at + 1 :])
+        return node.target(*args, **kwargs)
+
+    def _local_shape(self, node: fx.Node) -> list[int]:
+        shape = list(node.meta["val"].shape)
+        place = self.region.places[node]
+        if isinstance(place, int):
+            shape[place] = shape[place] // self.region.length * self.run_.size
+        return shape
+
+    def _store(self, buffer: torch.Tensor, place: Place, value: torch.Tensor) -> None:
+        if isinstance(place, int):
+            aten.copy_.default(self._slice(buffer, place), value)
+        elif place == "sum":
+            aten.copy_.default(buffer, aten.add.Tensor(buffer, value))
+        elif place == "max":
+            aten.copy_.default(buffer, aten.maximum.default(buffer, value))
+        else:
+            aten.copy_.default(buffer, aten.minimum.default(buffer, value))
+
+
+def _is_scalar(node: fx.Node) -> bool:
+    """A constant without dimensions: made anew inside the body, where it folds away."""
+    return node.target is aten.full.default and node.args[0] == []
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _allow_scalar_outputs(mode: Any) -> None:
+    """Let a loop's body read its counter as a number, while it is traced and lowered."""
+    env = mode.shape_env
+    if env is not None and not env.settings.allow_scalar_outputs:
+        env.settings = dataclasses.replace(env.settings, allow_scalar_outputs=True)

@@ -1,0 +1,153 @@
+"""Which regions become loops: where the peak of the cheapest-in-bytes plan stands.
+
+Round by round: the largest values alive at the peak, the loops that passes offer over
+them, and of those the one that lowers the draft's peak most. What is left is a step like
+any other, with a ladder of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from torch import fx
+
+from memcompile import region
+from memcompile.contract import Loop
+from memcompile.loop import Looped
+from memcompile.plan import Drafted, Plan
+from memcompile.planner import Planner
+from memcompile.report import LoopRow
+from memcompile.step import source_line
+
+#: Rounds, and values looked at in each.
+ROUNDS, WIDEST = 24, 4
+#: What stands above this share of the peak is to be lowered, to this share of itself a round.
+HIGH, ENOUGH = 0.75, 0.95
+
+
+@dataclasses.dataclass
+class _State:
+    planner: Planner
+    loops: list[Loop]
+    drafted: Drafted
+    rows: tuple[LoopRow, ...]
+
+    @property
+    def peak(self) -> int:
+        return self.drafted.peak
+
+
+#: A looped graph made into a step again: its planner, and the loops offered on it.
+Anew = Callable[[fx.GraphModule, Planner], tuple[Planner, list[Loop]]]
+
+
+#: Told of a loop that could not be written, and why.
+Failed = Callable[[Loop, Exception], None]
+
+
+def with_loops(
+    planner: Planner, plan: Plan, loops: list[Loop], anew: Anew, failed: Failed
+) -> tuple[Planner, tuple[LoopRow, ...]] | None:
+    """The step with the loops that lower its peak under ``plan``; ``None`` where none does."""
+    state = _State(planner, loops, planner.drafted(plan), ())
+    for _ in range(ROUNDS):
+        better = _round(state, anew, failed)
+        if better is None:
+            break
+        state = better
+    return (state.planner, state.rows) if state.rows else None
+
+
+def _round(state: _State, anew: Anew, failed: Failed) -> _State | None:
+    """The best loop over what is alive at the peak: its dimension first, then its count."""
+    step = state.planner.draft.step
+    now = _excess(state, state.peak)
+    for value in _large_at_peak(state):
+        best: tuple[int, region.Region, list[Loop]] | None = None
+        for loops in _by_dim(state.loops, value):
+            found = region.find(step, value, loops[0].dim)
+            if found is None:
+                continue
+            new = _apply(state, found, loops[len(loops) // 2], anew, failed)
+            left = _excess(new, state.peak) if new is not None else now
+            if left < now and (best is None or left < best[0]):
+                best = left, found, loops
+        if best is None:
+            continue
+        _, found, loops = best
+        counts = [_apply(state, found, loop, anew, failed) for loop in loops]
+        made = [new for new in counts if new is not None and new.peak <= state.peak]
+        left = min((_excess(new, state.peak) for new in made), default=now)
+        if left < ENOUGH * now:
+            close = [n for n in made if _excess(n, state.peak) <= left + (now - left) // 20]
+            return min(close, key=lambda new: new.drafted.seconds)
+    return None
+
+
+def _by_dim(loops: list[Loop], value: fx.Node) -> list[list[Loop]]:
+    """The loops over one value, a list a dimension, fewest chunks first."""
+    found: dict[int, list[Loop]] = {}
+    for loop in loops:
+        if loop.value is value:
+            found.setdefault(loop.dim, []).append(loop)
+    return [sorted(same, key=lambda loop: loop.chunks) for same in found.values()]
+
+
+def _excess(state: _State, peak: int) -> int:
+    """How much the step rises above ``HIGH`` of ``peak``, summed over its moments.
+
+    Layers that are alike have peaks that are alike: one loop lowers one of them.
+    """
+    before = state.planner.draft.before
+    line = before + int(HIGH * (peak - before))
+    drafted = state.drafted
+    moments = (*drafted.forward.live, *drafted.backward.live)
+    return sum(live - line for live in moments if live > line)
+
+
+def _large_at_peak(state: _State) -> Iterator[fx.Node]:
+    """The largest computed values alive at the peak, largest first."""
+    drafted = state.drafted
+    line = max((drafted.forward, drafted.backward), key=lambda t: t.peak)
+    order = state.planner.draft.step.order
+    alive = {line.ops[j].node: line.ops[j].bytes for j in line.alive(line.at)}
+    nodes = [n for n in alive if n in order and n.op == "call_function" and alive[n]]
+    nodes.sort(key=lambda n: (-alive[n], order[n]))
+    yield from nodes[:WIDEST]
+
+
+def _apply(
+    state: _State, found: region.Region, loop: Loop, anew: Anew, failed: Failed
+) -> _State | None:
+    """The state with one more loop; ``None`` where it cannot be written."""
+    if found.length < loop.chunks:
+        return None
+    try:
+        return _looped(state, found, loop, anew)
+    except Exception as error:  # an op that does not stand a smaller shape
+        failed(loop, error)
+        return None
+
+
+def _looped(state: _State, found: region.Region, loop: Loop, anew: Anew) -> _State:
+    step = state.planner.draft.step
+    module = Looped(step, found, loop.chunks, state.planner.draft.rates).write()
+    planner, loops = anew(module, state.planner)
+    kept = {node.name for node in state.drafted.plan.kept}
+    new = planner.draft.step
+    plan = Plan(frozenset(n for n in new.early_values() if n.name in kept))
+    drafted = planner.drafted(plan)
+    row = LoopRow(
+        by=loop.by,
+        value=loop.value.name,
+        source=source_line(loop.value),
+        dim=loop.dim,
+        length=found.length,
+        chunks=loop.chunks,
+        nodes=len(found.early.nodes) + (len(found.late.nodes) if found.late else 0),
+        bytes=step.bytes(loop.value),
+        peak_before=state.peak,
+        peak_after=drafted.peak,
+    )
+    return _State(planner, loops, drafted, (*state.rows, row))

@@ -1,0 +1,267 @@
+"""The part of a step that one loop runs chunk by chunk.
+
+It grows from a large value: everything that makes or reads a value of that order, sliced
+along the same dimension, on both sides of the step. What remains at its border is small,
+or whole, or added up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+
+import torch
+from torch import fx
+
+from memcompile.analysis.flow import Place, Rules, rules_for, tensor_args
+from memcompile.step import Step, hint, is_view, tensors
+
+#: A value is of the seed's order from this share of its elements on.
+LARGE = 0.5
+#: Nodes a region may hold.
+LARGEST = 400
+
+
+@dataclasses.dataclass
+class Part:
+    """One side of a region, in the step's order."""
+
+    nodes: list[fx.Node]
+    inputs: dict[
+        fx.Node, set[Place]
+    ]  #: read from outside: sliced along a dimension, whole, or both
+    outputs: list[fx.Node]  #: read outside, or returned
+
+
+@dataclasses.dataclass
+class Region:
+    """What the loops of one seed hold."""
+
+    seed: fx.Node
+    dim: int
+    length: int
+    places: dict[fx.Node, Place]  #: of every node of the region
+    reads: dict[fx.Node, tuple[Place, ...]]  #: how each one reads its tensor arguments
+    early: Part
+    late: Part | None  #: ``None`` where nothing late reads the interior
+
+
+def find(step: Step, seed: fx.Node, dim: int) -> Region | None:
+    """The region around ``seed`` sliced along ``dim``; ``None`` where there is none."""
+    (value, *_) = tensors(seed)
+    length = value.shape[dim]
+    if not isinstance(length, int) or length < 2:
+        return None
+    growth = _Growth(step, seed, dim, rules_for(length))
+    return growth.region() if growth.grow() else None
+
+
+def _needed(nodes: list[fx.Node], outputs: list[fx.Node]) -> list[fx.Node]:
+    """Those of ``nodes`` that the outputs are computed from."""
+    inside, needed = set(nodes), set()
+    stack = list(outputs)
+    while stack:
+        node = stack.pop()
+        if node not in needed and node in inside:
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+    return [n for n in nodes if n in needed]
+
+
+def _elements(node: fx.Node) -> int:
+    return sum(hint(t.numel()) for t in tensors(node))
+
+
+class _Growth:
+    def __init__(self, step: Step, seed: fx.Node, dim: int, rules: Rules) -> None:
+        self.step, self.seed, self.dim, self.rules = step, seed, dim, rules
+        self.least = LARGE * _elements(step.roots[seed])
+        self.places: dict[fx.Node, Place] = {}
+        self.reads: dict[fx.Node, tuple[Place, ...]] = {}
+
+    # -- growing --------------------------------------------------------------------------
+
+    def grow(self) -> bool:
+        """Whether every value of the seed's order that hangs together can be sliced."""
+        if not self._make(self.seed, self.dim):
+            return False
+        done: set[fx.Node] = set()
+        while True:
+            todo = [n for n in self.places if n not in done]
+            if not todo:
+                if not self._close():
+                    return False
+                if all(n in done for n in self.places):
+                    return True
+                continue
+            for node in todo:
+                done.add(node)
+                if len(self.places) > LARGEST or not self._around(node):
+                    return False
+
+    def _around(self, node: fx.Node) -> bool:
+        """What makes the node's large operands and what reads its large result belong too."""
+        for argument, place in zip(tensor_args(node), self.reads[node], strict=True):
+            if argument in self.places:
+                if place != self._seen_from(node, argument):
+                    return False
+            elif self._belongs(argument) and isinstance(place, int):
+                if not self._make(argument, place):
+                    return False
+            elif self._is_large(argument) and argument.op == "call_function":
+                return False  # large, and needed whole
+        if not self._is_large(node):
+            return True
+        place = self.places[node]
+        if not isinstance(place, int):
+            return False
+        return all(u.op == "output" or u in self.places or self._read(u) for u in node.users)
+
+    def _seen_from(self, reader: fx.Node, node: fx.Node) -> Place:
+        """Where a value is for its reader: a sum of the forward's loop is whole to the backward."""
+        place = self.places.get(node)
+        early, late = self.step.sides.early, self.step.sides.late
+        return None if isinstance(place, str) and node in early and reader in late else place
+
+    def _is_large(self, node: fx.Node) -> bool:
+        root = self.step.roots[node]
+        return root.op == "call_function" and _elements(root) >= self.least
+
+    def _belongs(self, node: fx.Node) -> bool:
+        """Values of the seed's order, and views that only look like it."""
+        if node.op != "call_function":
+            return False
+        root = self.step.roots[node]
+        return self._is_large(node) or self.step.bytes(node) > self.step.bytes(root)
+
+    def _make(self, node: fx.Node, place: int) -> bool:
+        """Take in a node by the slice of it that is wanted."""
+        target, output = node, 0
+        if node.target is operator.getitem:
+            if is_view(node):
+                return False
+            target, output = node.args[0], node.args[1]
+        flow = self.rules.giving(target, output, place)
+        if flow is None:
+            return not self._is_large(node) and is_view(node)
+        self._take(target, flow.inputs, flow.outputs)
+        return self.places.get(node) == place
+
+    def _read(self, node: fx.Node) -> bool:
+        """Take in a node by how its operands are sliced."""
+        if node.target is operator.getitem:
+            return node in self.places
+        places = [self._seen_from(node, a) for a in tensor_args(node)]
+        if any(isinstance(p, str) for p in places):
+            return False
+        flow = self.rules.given(node, places)
+        if flow is None:
+            return False
+        self._take(node, flow.inputs, flow.outputs)
+        return True
+
+    def _take(self, node: fx.Node, inputs: tuple[Place, ...], outputs: tuple[Place, ...]) -> None:
+        self.reads[node] = inputs
+        self.places[node] = outputs[0]
+        if isinstance(node.meta["val"], (list, tuple)):
+            for user in node.users:
+                number = user.args[1]
+                assert isinstance(number, int)
+                self.places[user] = outputs[number]
+                self.reads[user] = tuple(self.places[node] for _ in tensor_args(user))
+
+    def _close(self) -> bool:
+        """Take in what lies between two nodes of the region, so that it can run as one."""
+        for side in (self.step.sides.early, self.step.sides.late):
+            inside = {n for n in self.places if n in side}
+            after: set[fx.Node] = set()
+            for node in self.step.nodes:
+                if node not in side or node in inside:
+                    continue
+                if any(a in inside or a in after for a in node.all_input_nodes):
+                    after.add(node)
+            before: set[fx.Node] = set()
+            for node in reversed(self.step.nodes):
+                if node not in side or node in inside:
+                    continue
+                if any(u in inside or u in before for u in node.users):
+                    before.add(node)
+            between = after & before
+            if len(between) > LARGEST:
+                return False
+            for node in self.step.nodes:
+                if node in between and node not in self.places and not self._read(node):
+                    return False
+        return True
+
+    # -- what was found -----------------------------------------------------------------------
+
+    def _length(self) -> int | None:
+        """Of the shortest sliced dimension; a longer one must hold it a whole number of times."""
+        sizes: set[int] = set()
+        for node, reads in self.reads.items():
+            pairs = [*zip(tensor_args(node), reads, strict=True), (node, self.places[node])]
+            for value, place in pairs:
+                if isinstance(place, int) and isinstance(value.meta["val"], torch.Tensor):
+                    sizes.add(value.meta["val"].shape[place])
+        least = min(sizes)
+        return None if least < 2 or any(size % least for size in sizes) else least
+
+    def region(self) -> Region | None:
+        """What was grown, or ``None`` where it cannot run as loops."""
+        length = self._length()
+        if length is None:
+            return None
+        early = [n for n in self.step.nodes if n in self.places and n in self.step.sides.early]
+        late = [n for n in self.step.nodes if n in self.places and n in self.step.sides.late]
+        if late and early:
+            late = self._again(early, late)
+        for node in (*early, *late):
+            if any(isinstance(p, str) for p in self.reads[node]):
+                return None
+        if not early:
+            early, late = late, []
+        one = self._part(early, set(late))
+        other = self._part(late, set()) if late else None
+        if one is None or (late and other is None):
+            return None
+        return Region(self.seed, self.dim, length, self.places, self.reads, one, other)
+
+    def _again(self, early: list[fx.Node], late: list[fx.Node]) -> list[fx.Node]:
+        """The late nodes and the early ones they need again: the interior is never kept."""
+        inside = set(early)
+        needed: set[fx.Node] = set()
+        stack = [a for n in late for a in n.all_input_nodes if a in inside]
+        while stack:
+            node = stack.pop()
+            if node in needed or self.places[node] in ("sum", "max", "min"):
+                continue
+            needed.add(node)
+            stack.extend(a for a in node.all_input_nodes if a in inside)
+        return [n for n in self.step.nodes if n in needed or n in set(late)]
+
+    def _part(self, nodes: list[fx.Node], later: set[fx.Node]) -> Part | None:
+        """One side; ``later`` holds the nodes that compute what they need of it again."""
+        inside = set(nodes)
+        inputs: dict[fx.Node, set[Place]] = {}
+        outputs: list[fx.Node] = []
+        late = self.step.sides.late
+        ends_late = any(n in late for n in nodes)
+        for node in nodes:
+            for argument, place in zip(tensor_args(node), self.reads[node], strict=True):
+                if argument not in inside:
+                    inputs.setdefault(argument, set()).add(place)
+                elif isinstance(self.places[argument], str):
+                    return None  # a sum is there only when the loop is over
+            if ends_late and node not in late:
+                continue  # run again; the first run's result is there for others
+            summed = isinstance(self.places[node], str)
+            readers = [u for u in node.users if u not in inside]
+            if any(summed or u not in later for u in readers):
+                outputs.append(node)
+        nodes = _needed(nodes, outputs)
+        inputs = {n: p for n, p in inputs.items() if any(u in set(nodes) for u in n.users)}
+        for node in outputs:
+            if self.places[node] is None or isinstance(node.meta["val"], (list, tuple)):
+                return None
+        return Part(nodes, inputs, outputs)
