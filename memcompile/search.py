@@ -14,7 +14,7 @@ from memcompile.step import Step
 #: Schedulings of one graph, Inductor's own included.
 TRIES = 3
 #: Share of the room that a second try aims for: its error may be larger than the first one's.
-SAFE = 0.95
+SAFE = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
