@@ -1,0 +1,158 @@
+"""Faults of PyTorch's own ways to save memory, each a story that has to end well here.
+
+The models are written from the descriptions of the issues, scaled to a small machine.
+(pytorch #190758, wrong gradients of recomputed dropout, is in ``test_random.py``.)
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import memcompile
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Run = Callable[[], None]
+
+
+@pytest.fixture(name="one_thread")
+def fixture_one_thread() -> object:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Layer(nn.Module):
+    """A Llama-style layer."""
+
+    def __init__(self, dim: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList(nn.RMSNorm(dim, eps=1e-5) for _ in range(2))
+        self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.gate, self.up = (nn.Linear(dim, hidden, bias=False) for _ in range(2))
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.qkv(self.norms[0](x)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = heads.permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(y.transpose(1, 2).flatten(-2))
+        y = self.norms[1](x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+class Twice(nn.Module):
+    """One stack traversed twice in a step, each block checkpointed where ``inside`` says so."""
+
+    def __init__(self, blocks: int, dim: int, inside: bool) -> None:
+        super().__init__()
+        self.inside = inside
+        self.blocks = nn.ModuleList(Layer(dim, 4, 3 * dim) for _ in range(blocks))
+
+    def traverse(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.inside else block(x)
+        return x
+
+    def forward(self, one: Tensor, two: Tensor) -> Tensor:
+        return self.traverse(one).square().mean() + self.traverse(two).abs().mean()
+
+
+def runner(model: nn.Module, call: Callable[..., Tensor], *inputs: Tensor) -> Run:
+    def run() -> None:
+        model.zero_grad(set_to_none=True)
+        call(*inputs).backward()
+
+    return run
+
+
+def peak(run: Run) -> int:
+    return memcompile.measure_peak(run, warmup=1).bytes
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def test_a_lower_budget_never_peaks_higher_and_the_first_fifth_is_nearly_free() -> None:
+    """pytorch #197838: with ``activation_memory_budget`` the physical peak goes up and down as
+    the budget falls. There stock's best point is budget 0.05; ours must be at least 22 % below
+    stock's peak for at most 5 % of predicted time."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Layer(64, 4, 172) for _ in range(3)))
+    x = torch.randn(2, 513, 64)
+
+    def step(x: Tensor) -> Tensor:
+        return model(x).square().mean()
+
+    stock = peak(runner(model, torch.compile(step), x))
+    peaks = []
+    for percent in (100, 78, 60):
+        torch._dynamo.reset()
+        options = {"budget": f"{percent}%", "name": f"{percent} %"}
+        peaks.append(peak(runner(model, torch.compile(step, backend="memopt", options=options), x)))
+        report = memcompile.reports()[-1]
+        assert peaks[-1] <= percent / 100 * (report.inductor - report.before) + 1
+        if percent == 78:
+            assert peaks[-1] <= 0.78 * stock
+            assert report.seconds <= 0.05 * report.step_seconds
+    assert peaks == sorted(peaks, reverse=True)
+
+
+def test_a_model_traversed_twice_is_no_slower_than_eager_checkpointing() -> None:
+    """pytorch #193193: two checkpointed traversals in one compiled step took 2.3x the time of
+    eager checkpointing. Ours takes at most its time, at about its peak (its least is 5 % above)."""
+    torch.manual_seed(0)
+    plain, split = Twice(2, 64, inside=False), Twice(2, 64, inside=True)
+    split.load_state_dict(plain.state_dict())
+    inputs = torch.randn(8, 192, 64), torch.randn(8, 192, 64)
+    eager = runner(split, split, *inputs)
+    limit = peak(eager) * 11 // 10
+
+    before = sum(t.nbytes for t in (*plain.parameters(), *inputs))
+    options = {"budget": before + limit}
+    ours = runner(plain, torch.compile(plain, backend="memopt", options=options), *inputs)
+    assert peak(ours) <= limit
+    for got, want in zip(gradients(plain), gradients(split), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+    ratios = []
+    for _ in range(15):
+        start = time.perf_counter()
+        ours()
+        middle = time.perf_counter()
+        eager()
+        ratios.append((middle - start) / (time.perf_counter() - middle))
+    assert statistics.median(ratios) <= 1.0
+
+
+def test_a_compiled_checkpointed_stack_needs_no_more_than_eager_checkpointing() -> None:
+    """pytorch #120381: compiling a checkpointed model brought back the memory that
+    checkpointing had saved. Ours gets by with eager checkpointing's peak, tags and all."""
+    torch.manual_seed(0)
+    layers = (nn.Sequential(nn.Linear(96, 96), nn.LayerNorm(96), nn.GELU()) for _ in range(4))
+    model = nn.ModuleList(layers)
+    x = torch.randn(512, 96)
+
+    def step(x: Tensor) -> Tensor:
+        for layer in model:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return x.square().mean()
+
+    eager = runner(model, step, x)
+    limit = peak(eager)
+    want = gradients(model)
+    options = {"budget": sum(t.nbytes for t in (*model.parameters(), x)) + limit}
+    assert peak(runner(model, torch.compile(step, backend="memopt", options=options), x)) <= limit
+    for got, expected in zip(gradients(model), want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
