@@ -255,7 +255,7 @@ def test_random_draws_are_not_looped_and_the_same_as_without() -> None:
     whole, _ = planned(model, [x], None)
     parts, (report,) = planned(model, [x], "min", passes=PASSES, strict=True)
     assert_same(parts, whole)
-    assert not any("bernoulli" in row.value or "random" in row.value for row in report.loops)
+    assert not report.loops
 
 
 def test_symbolic_lengths_are_not_looped() -> None:
