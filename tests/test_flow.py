@@ -46,10 +46,21 @@ def test_and_so_it_is_in_lower_precision(name: str, dtype: torch.dtype) -> None:
 
 
 #: Rules that are there because DTensor has none, or a slow one.
-NAMED = set(
-    "_fft_c2c _fft_c2r _fft_r2c convert_element_type cumprod cumsum flip fma full index_add roll "
-    "scatter_add scatter_reduce".split()
-)
+NAMED = {
+    "_fft_c2c",
+    "_fft_c2r",
+    "_fft_r2c",
+    "convert_element_type",
+    "cumprod",
+    "cumsum",
+    "flip",
+    "fma",
+    "full",
+    "index_add",
+    "roll",
+    "scatter_add",
+    "scatter_reduce",
+}
 
 
 def test_every_rule_added_by_name_is_there_and_audited() -> None:
