@@ -7,6 +7,7 @@ that users can catch.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -17,6 +18,7 @@ import torch
 from torch import fx
 
 from memcompile import _torch, live, scratch, sizes, store
+from memcompile._torch.fusion import near_reductions
 from memcompile._torch.loops import released_loops
 from memcompile.analysis.cost import calibrate
 from memcompile.compiler import Compiler, Outcome
@@ -166,7 +168,8 @@ class _Job:
             gm, explained = self.compiler.whole(gm)
             self._file(explained, "inference")
         patches = {} if self.compiler.pooled else {"allow_buffer_reuse": False}
-        with _torch.inductor_config.patch(patches), released_loops():
+        fusion = near_reductions() if self.compiler.near else contextlib.nullcontext()
+        with _torch.inductor_config.patch(patches), released_loops(), fusion:
             return _torch.compile_fx_inner(gm, example_inputs, **kwargs)
 
     def _eager(self) -> Callable[..., Any]:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import fx
 
 from memcompile import _torch
+from memcompile._torch.fusion import near_reductions
 from memcompile.analysis.cost import calibrate
 from memcompile.analysis.ops import runs_twice
 from memcompile.contract import Loop, Proposal
@@ -53,6 +54,7 @@ class Compiler:
         self.notes: list[str] = []
         self.looped: tuple[Step, tuple[LoopRow, ...]] | None = None  #: the last step with loops
         self.pooled = True  #: whether Inductor may hold buffers for later ones of their size
+        self.near = False  #: whether reductions are kept from readers far below
         self.planner: Planner | None = None  #: of the last training step, to plan it anew
 
     @property
@@ -174,6 +176,10 @@ class Compiler:
         again -= {n for n in again if step.reads_overwritten(n)}
         return Draft(step, calibrate(_device(step)), again, self.fused)
 
+    def _lower_planned(self, step: Step, cut: Split, drafted: Drafted) -> tuple[int, int]:
+        with near_reductions():
+            return self._lower(step, cut, drafted)
+
     def _lower(self, step: Step, cut: Split, drafted: Drafted) -> tuple[int, int]:
         """Total bytes once lowered, buffers pooled and not; what earlier graphs hold included."""
         if not self.fused:
@@ -192,7 +198,7 @@ class Compiler:
         self, step: Step, ladder: Ladder, first: Tried, budget: int | None, plain: Ladder
     ) -> Tried:
         """The closed loop; where Inductor cannot lower a loop, once more without any."""
-        search = Search(step, ladder, self._lower, first, self.held)
+        search = Search(step, ladder, self._lower_planned, first, self.held)
         try:
             chosen = search.lowest() if budget is None else search.fitting(budget)
         except Exception as error:
@@ -212,6 +218,7 @@ class Compiler:
 
     def _settle(self, step: Step, chosen: Tried, budget: int | None) -> None:
         """What the choice asks of the lowering, and of later lengths."""
+        self.near |= chosen.near
         if not chosen.pooled:
             self.pooled = False
             self.notes.append("buffers are freed at their last use instead of held for reuse")
@@ -249,7 +256,9 @@ class Compiler:
         self.notes.clear()
         (results,) = next(iter(module.graph.find_nodes(op="output"))).args
         step = Step(module, len(results))
-        drafted = Draft(step, calibrate(_device(step)), fused=self.fused).under(Plan(frozenset()))
+        drafted = Draft(step, calibrate(_device(step)), fused=self.fused).under(
+            Plan(frozenset()), near=False
+        )
         own = Split(module, None)
         first = Tried(step, drafted, own, *self._lower(step, own, drafted))
         budget = self._budget(step, first.peak)

@@ -179,14 +179,17 @@ class Draft:
 
     # -- drafting -------------------------------------------------------------------
 
-    def under(self, plan: Plan) -> Drafted:
-        """Draft the step under a plan and walk both sides' timelines."""
+    def under(self, plan: Plan, near: bool = True) -> Drafted:
+        """Draft the step under a plan and walk both sides' timelines.
+
+        ``near`` is how what we plan is lowered; Inductor's own split is lowered without.
+        """
         self.evaluations += 1
         backward, late, saved, stored = self._draft_backward(plan)
         forward = self._draft_forward(plan, saved, stored)
-        before = simulate(forward, self.before)
+        before = simulate(forward, self.before, near)
         returned = self._returned - sum(self.info[s].bytes for s in set(saved) & set(self.outputs))
-        after = simulate(backward, self.before + returned)
+        after = simulate(backward, self.before + returned, near)
         rate, launch = self.rates.memory, self.rates.launch
         seconds = before.seconds(rate, launch) + after.seconds(rate, launch)
         order = self.forward_order

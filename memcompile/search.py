@@ -27,6 +27,7 @@ class Tried:
     peak: int
     unpooled: int  #: the peak with no buffer held past its last use for another's sake
     pooled: bool = True  #: whether the lowering may hold them
+    near: bool = False  #: whether reductions are kept from readers far below
 
     def within(self, budget: int | None) -> Tried:
         """The same with buffers freed at once, where that fits the budget or, with none, helps.
@@ -48,7 +49,7 @@ class Search:
     Args:
         step: the step as captured; a rung may plan it with some of its regions as loops.
         ladder: the rungs.
-        lower: lowers a split.
+        lower: lowers a split that we planned.
         first: Inductor's own split, lowered.
         held: bytes that earlier graphs of the step hold; part of every lowered peak.
     """
@@ -106,7 +107,8 @@ class Search:
             cut = Split(rewrite_whole(step, drafted), None)
         else:
             cut = split(step, drafted)
-        tried = Tried(step, drafted, cut, *self.lower(step, cut, drafted)).within(budget)
+        lowered = self.lower(step, cut, drafted)
+        tried = Tried(step, drafted, cut, *lowered, near=True).within(budget)
         self.least = min((self.least, tried), key=lambda t: t.unpooled)
         return tried
 

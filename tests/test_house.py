@@ -86,7 +86,9 @@ def test_private_torch_is_seen(source: str, found: bool) -> None:
     assert bool(list(private_torch(source))) is found
 
 
-@pytest.mark.parametrize("room", ["memcompile._torch", "memcompile._torch.loops"])
+@pytest.mark.parametrize(
+    "room", ["memcompile._torch", "memcompile._torch.fusion", "memcompile._torch.loops"]
+)
 def test_everything_behind_the_door_is_there(room: str) -> None:
     door = import_module(room)
     assert door.__all__

@@ -51,21 +51,51 @@ class Layer(nn.Module):
         return x + self.down(F.silu(self.gate(y)) * self.up(y))
 
 
-class Twice(nn.Module):
-    """One stack traversed twice in a step, each block checkpointed where ``inside`` says so."""
+class Attention(nn.Module):
+    """Attention of ``x`` to ``of``."""
 
-    def __init__(self, blocks: int, dim: int, inside: bool) -> None:
+    def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
-        self.inside = inside
-        self.blocks = nn.ModuleList(Layer(dim, 4, 3 * dim) for _ in range(blocks))
+        self.heads = heads
+        self.q, self.kv, self.out = (nn.Linear(dim, n * dim) for n in (1, 2, 1))
 
-    def traverse(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, of: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = self.kv(of).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+
+
+class Block(nn.Module):
+    """Self-attention, attention to a context where one is given, and a transition."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
+        self.attend, self.cross = Attention(dim, heads), Attention(dim, heads)
+        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        y = self.norms[0](x)
+        x = x + self.attend(y, y)
+        if context is not None:
+            x = x + self.cross(self.norms[1](x), context)
+        return x + self.down(F.gelu(self.up(self.norms[2](x))))
+
+
+class Twice(nn.Module):
+    """The same blocks traversed twice in a step, each one checkpointed."""
+
+    def __init__(self, blocks: int, dim: int, heads: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(blocks))
+
+    def traverse(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.inside else block(x)
+            x = checkpoint(block, x, context, use_reentrant=False)
         return x
 
-    def forward(self, one: Tensor, two: Tensor) -> Tensor:
-        return self.traverse(one).square().mean() + self.traverse(two).abs().mean()
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        return self.traverse(x).mean(1).square().mean() + self.traverse(x, context).square().mean()
 
 
 def runner(model: nn.Module, call: Callable[..., Tensor], *inputs: Tensor) -> Run:
@@ -109,23 +139,23 @@ def test_a_lower_budget_never_peaks_higher_and_the_first_fifth_is_nearly_free() 
     assert peaks == sorted(peaks, reverse=True)
 
 
-def test_an_untagged_model_traversed_twice_is_no_slower_than_eager_checkpointing() -> None:
-    """Beside pytorch #193193, where a compiled step with two checkpointed traversals peaks at
-    2.3x eager checkpointing. That peak is not cured for tagged code; this is the untagged model,
-    at 1.1x eager's peak, in at most eager's time."""
+def test_a_checkpointed_stack_traversed_twice_needs_no_more_than_eager_checkpointing() -> None:
+    """pytorch #193193: compiled, a step that traverses the same checkpointed blocks twice peaks
+    at about twice what eager checkpointing needs. Ours gets by with eager checkpointing's peak,
+    in at most its time."""
     torch.manual_seed(0)
-    plain, split = Twice(2, 64, inside=False), Twice(2, 64, inside=True)
-    split.load_state_dict(plain.state_dict())
+    model = Twice(3, 64, 4)
     inputs = torch.randn(8, 192, 64), torch.randn(8, 192, 64)
-    eager = runner(split, split, *inputs)
-    limit = peak(eager) * 11 // 10
-
-    before = sum(t.nbytes for t in (*plain.parameters(), *inputs))
-    options = {"budget": before + limit}
-    ours = runner(plain, torch.compile(plain, backend="memopt", options=options), *inputs)
+    eager = runner(model, model, *inputs)
+    limit = peak(eager)
+    want = gradients(model)
+    options = {"budget": sum(t.nbytes for t in (*model.parameters(), *inputs)) + limit}
+    ours = runner(model, torch.compile(model, backend="memopt", options=options), *inputs)
     assert peak(ours) <= limit
-    for got, want in zip(gradients(plain), gradients(split), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    report = memcompile.reports()[-1]
+    assert report.inductor - report.before > 1.5 * limit  # else there is nothing to cure
+    for got, expected in zip(gradients(model), want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
     ratios = []
     for _ in range(15):

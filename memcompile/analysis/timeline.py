@@ -48,6 +48,8 @@ class Op:
 #: Inductor's defaults (``config.realize_reads_threshold`` and
 #: ``config.realize_acc_reads_threshold``, torch 2.13).
 REUSED_READS, ACCUMULATED_READS = 4, 8
+#: Buffers between two that Inductor calls "long distant" (``are_long_distant_nodes``).
+FAR = 64
 
 
 @dataclasses.dataclass(slots=True)
@@ -60,8 +62,11 @@ class Real:
     level: list[int]  #: ops of one level, unbroken by a library call, can share a kernel
 
 
-def materialise(ops: Sequence[Op]) -> Real:
-    """Decide which ops hold memory and which vanish into their readers."""
+def materialise(ops: Sequence[Op], near: bool = True) -> Real:
+    """Decide which ops hold memory and which vanish into their readers.
+
+    ``near``: a reduction is fused with no reader far below it; Inductor alone would.
+    """
     n = len(ops)
     users, hard = [0] * n, [op.keep for op in ops]
     for op in ops:
@@ -99,7 +104,7 @@ def materialise(ops: Sequence[Op]) -> Real:
             or (users[j] > 1 and (len(touched) > REUSED_READS or op.heavy))
             or len(touched) > ACCUMULATED_READS
         )
-    _drop_inside_kernels(ops, hard, level, real, reads, seconds)
+    _drop_inside_kernels(ops, hard, level, real, reads, seconds, near)
     return Real(real, reads, seconds, level)
 
 
@@ -110,17 +115,22 @@ def _drop_inside_kernels(
     real: list[bool],
     reads: list[set[int] | None],
     seconds: list[float],
+    near: bool,
 ) -> None:
     """A value that only its own fused kernel reads never reaches memory.
 
     A draw depends on nothing but its seed, so the one kernel that reads it can draw it.
     """
     first_level, last_level = [len(ops)] * len(ops), [-1] * len(ops)
+    number, last_number = [0] * len(ops), [0] * len(ops)  # in Inductor's order of buffers
+    buffers = 0
     for j, op in enumerate(ops):
         if real[j] and op.kind != Kind.SOURCE:
+            number[j] = buffers = buffers + 1
             for i in reads[j] or ():
                 first_level[i] = min(first_level[i], level[j])
                 last_level[i] = max(last_level[i], level[j])
+                last_number[i] = buffers
     inside = {
         j
         for j, op in enumerate(ops)
@@ -128,6 +138,7 @@ def _drop_inside_kernels(
         and not hard[j]
         and op.kind in (Kind.POINTWISE, Kind.REDUCTION)
         and last_level[j] == (first_level[j] if op.drawn else level[j])
+        and not (near and op.kind == Kind.REDUCTION and last_number[j] - number[j] > FAR)
     }
     if not inside:
         return
@@ -193,14 +204,15 @@ class Timeline:
         return total
 
 
-def simulate(ops: Sequence[Op], base: int = 0) -> Timeline:
+def simulate(ops: Sequence[Op], base: int = 0, near: bool = True) -> Timeline:
     """Walk ``ops`` once: allocate outputs, then free what was read for the last time.
 
     Args:
         ops: sources first, then ops in execution order.
         base: bytes alive throughout that no op owns.
+        near: see :func:`materialise`.
     """
-    real = materialise(ops)
+    real = materialise(ops, near)
     n = len(ops)
     last = [-1] * n
     for j, op in enumerate(ops):
