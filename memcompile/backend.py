@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from memcompile import _torch, live, scratch, sizes, store
-from memcompile._torch.fusion import near_reductions
+from memcompile._torch.fusion import prompt_kernels
 from memcompile._torch.loops import released_loops
 from memcompile.analysis.cost import calibrate
 from memcompile.compiler import Compiler, Outcome
@@ -168,7 +168,7 @@ class _Job:
             gm, explained = self.compiler.whole(gm)
             self._file(explained, "inference")
         patches = {} if self.compiler.pooled else {"allow_buffer_reuse": False}
-        fusion = near_reductions() if self.compiler.near else contextlib.nullcontext()
+        fusion = prompt_kernels() if self.compiler.prompt else contextlib.nullcontext()
         with _torch.inductor_config.patch(patches), released_loops(), fusion:
             return _torch.compile_fx_inner(gm, example_inputs, **kwargs)
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 import dataclasses
 import operator
 import time
-from typing import Any
 
 from torch import fx
 
 from memcompile import _torch
-from memcompile._torch.fusion import near_reductions
+from memcompile._torch.fusion import prompt_kernels
 from memcompile.analysis.cost import calibrate
 from memcompile.analysis.ops import runs_twice
 from memcompile.contract import Loop, Proposal
@@ -54,7 +53,7 @@ class Compiler:
         self.notes: list[str] = []
         self.looped: tuple[Step, tuple[LoopRow, ...]] | None = None  #: the last step with loops
         self.pooled = True  #: whether Inductor may hold buffers for later ones of their size
-        self.near = False  #: whether reductions are kept from readers far below
+        self.prompt = False  #: whether kernels are kept from waiting for others' calls
         self.planner: Planner | None = None  #: of the last training step, to plan it anew
 
     @property
@@ -174,10 +173,10 @@ class Compiler:
         parents = {n.args[0] for n in again if n.target is operator.getitem}
         again |= frozenset(p for p in parents if isinstance(p, fx.Node))
         again -= {n for n in again if step.reads_overwritten(n)}
-        return Draft(step, calibrate(_device(step)), again, self.fused)
+        return Draft(step, calibrate(step.device), again, self.fused)
 
     def _lower_planned(self, step: Step, cut: Split, drafted: Drafted) -> tuple[int, int]:
-        with near_reductions():
+        with prompt_kernels():
             return self._lower(step, cut, drafted)
 
     def _lower(self, step: Step, cut: Split, drafted: Drafted) -> tuple[int, int]:
@@ -218,7 +217,7 @@ class Compiler:
 
     def _settle(self, step: Step, chosen: Tried, budget: int | None) -> None:
         """What the choice asks of the lowering, and of later lengths."""
-        self.near |= chosen.near
+        self.prompt |= chosen.prompt
         if not chosen.pooled:
             self.pooled = False
             self.notes.append("buffers are freed at their last use instead of held for reuse")
@@ -256,9 +255,7 @@ class Compiler:
         self.notes.clear()
         (results,) = next(iter(module.graph.find_nodes(op="output"))).args
         step = Step(module, len(results))
-        drafted = Draft(step, calibrate(_device(step)), fused=self.fused).under(
-            Plan(frozenset()), near=False
-        )
+        drafted = Draft(step, calibrate(step.device), fused=self.fused).under(Plan(frozenset()))
         own = Split(module, None)
         first = Tried(step, drafted, own, *self._lower(step, own, drafted))
         budget = self._budget(step, first.peak)
@@ -376,13 +373,3 @@ def _tagged(node: fx.Node) -> bool:
         _torch.CheckpointPolicy.MUST_RECOMPUTE,
         _torch.CheckpointPolicy.PREFER_RECOMPUTE,
     )
-
-
-def _device(step: Step) -> Any:
-    from memcompile.step import tensors
-
-    for node in step.placeholders:
-        for tensor in tensors(node):
-            if tensor.device.type != "cpu":
-                return tensor.device
-    return "cpu"

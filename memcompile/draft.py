@@ -6,38 +6,18 @@ drafting without it.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterable
 
 from torch import fx
 
-from memcompile.analysis import ops as op_kinds
-from memcompile.analysis.cost import Rates, node_seconds
+from memcompile.analysis.cost import Rates
 from memcompile.analysis.timeline import Kind, Op, simulate
 from memcompile.contract import Proposal, Rebuild
+from memcompile.info import Info, read_fragment, read_node
+from memcompile.order import late_order
 from memcompile.plan import Drafted, Late, Plan
-from memcompile.step import Step, tensors
-
-
-@dataclasses.dataclass(slots=True)
-class _Info:
-    """What the draft needs of one node, computed once."""
-
-    inputs: tuple[fx.Node, ...]  #: roots it reads
-    kind: Kind
-    bytes: int
-    seconds: float
-    heavy: bool
-    drawn: bool
-    work: int = 0
-
-    def op(self, node: fx.Node, inputs: tuple[int, ...], keep: bool = False) -> Op:
-        """The node's op, reading what stands at the places ``inputs``."""
-        return Op(
-            node, self.kind, inputs, self.bytes, self.seconds, self.heavy, self.drawn, keep,
-            work=self.work,
-        )  # fmt: skip
+from memcompile.step import Step, is_view
 
 
 class Draft:
@@ -60,13 +40,16 @@ class Draft:
         self.step = step
         self.rates = rates
         self.fused = fused
+        self.grouped = fused and step.device.type == "cpu"
         self.again = step.sides.early if again is None else again
         self.before = step.input_bytes()
         roots = step.roots
-        self.info = {node: self._read(node) for node in step.nodes if node.op != "output"}
+        self.info = {
+            node: read_node(step, node, rates, fused) for node in step.nodes if node.op != "output"
+        }
         self.outputs = [roots[node] for node in step.node_outputs()]
         self.gradients = [roots[node] for node in step.gradient_nodes()]
-        self._late_order = self._needed_late()
+        self._late_order = late_order(step, self.info, self.gradients)
         self._forward_always = self._closure(self.outputs + self._pinned_effects())
         self._returned = sum(
             self.info[r].bytes
@@ -77,35 +60,6 @@ class Draft:
         self.evaluations = 0
 
     # -- reading the step -----------------------------------------------------------
-
-    def _read(self, node: fx.Node) -> _Info:
-        step = self.step
-        roots = step.roots
-        kind = op_kinds.classify(node)
-        if not self.fused and kind in (Kind.POINTWISE, Kind.REDUCTION):
-            kind = Kind.EXTERN if op_kinds.classify(node) != Kind.PART else Kind.PART
-        inputs = dict.fromkeys(roots[a] for a in node.all_input_nodes if tensors(a))
-        if kind == Kind.PART:
-            base = node.args[0]
-            assert isinstance(base, fx.Node)
-            inputs.update(dict.fromkeys(roots[a] for a in base.all_input_nodes if tensors(a)))
-        several = isinstance(node.meta.get("val"), (list, tuple))
-        view = roots[node] is not node
-        free = kind == Kind.SOURCE or view
-        loop = node.meta.get("loop")
-        if loop is not None:
-            return _Info(tuple(inputs), kind, 0, loop.seconds, False, False, loop.bytes)
-        return _Info(
-            tuple(inputs),
-            kind,
-            0 if several or view else step.bytes(node),
-            0.0 if free else node_seconds(node, self.rates, materialised=False),
-            op_kinds.op_name(node) in op_kinds.HEAVY,
-            self._is_drawn(node),
-        )
-
-    def _is_drawn(self, node: fx.Node) -> bool:
-        return self.fused and op_kinds.op_name(node) == "inductor_random"
 
     def _pinned_effects(self) -> list[fx.Node]:
         """Early nodes that run for their effect, whoever reads them."""
@@ -125,30 +79,6 @@ class Draft:
             needed.add(node)
             stack.extend(self.info[node].inputs)
         return frozenset(needed)
-
-    def _needed_late(self) -> list[fx.Node]:
-        """Late nodes the gradients need, from the first reader of a tangent on.
-
-        Autograd's engine starts there too; what stands before it is pulled in when
-        a later node needs it, so that recomputation is never dragged forward.
-        """
-        step, info = self.step, self.info
-        late = step.sides.late
-        effects = [n for n in step.nodes if n in late and n.op == "call_function" and n.is_impure()]
-        needed: set[fx.Node] = set()
-        stack = [g for g in self.gradients if g in late] + [step.roots[e] for e in effects]
-        while stack:
-            node = stack.pop()
-            if node in needed or node not in late:
-                continue
-            needed.add(node)
-            stack.extend(info[node].inputs)
-        order = [n for n in step.nodes if n in needed and n.op == "call_function"]
-        tangents = set(step.tangents)
-        for place, node in enumerate(order):
-            if any(i in tangents for i in info[node].inputs):
-                return order[place:] + order[:place]
-        return order
 
     @functools.cached_property
     def forward_order(self) -> list[fx.Node]:
@@ -179,17 +109,14 @@ class Draft:
 
     # -- drafting -------------------------------------------------------------------
 
-    def under(self, plan: Plan, near: bool = True) -> Drafted:
-        """Draft the step under a plan and walk both sides' timelines.
-
-        ``near`` is how what we plan is lowered; Inductor's own split is lowered without.
-        """
+    def under(self, plan: Plan) -> Drafted:
+        """Draft the step under a plan and walk both sides' timelines."""
         self.evaluations += 1
         backward, late, saved, stored = self._draft_backward(plan)
         forward = self._draft_forward(plan, saved, stored)
-        before = simulate(forward, self.before, near)
+        before = simulate(forward, self.before, self.grouped)
         returned = self._returned - sum(self.info[s].bytes for s in set(saved) & set(self.outputs))
-        after = simulate(backward, self.before + returned, near)
+        after = simulate(backward, self.before + returned, self.grouped)
         rate, launch = self.rates.memory, self.rates.launch
         seconds = before.seconds(rate, launch) + after.seconds(rate, launch)
         order = self.forward_order
@@ -259,25 +186,16 @@ class Draft:
         raise AssertionError("a graph ends in an output")
 
     @functools.cached_property
-    def _fragments(self) -> dict[fx.Node, _Info | None]:
+    def _fragments(self) -> dict[fx.Node, Info | None]:
         return {}
 
-    def _fragment_info(self, node: fx.Node) -> _Info | None:
-        """Like :meth:`_read` for a node of a rebuild graph; ``None`` for a view."""
-        from memcompile.step import is_view
-
+    def _fragment_info(self, node: fx.Node) -> Info | None:
+        """What is known of a node of a rebuild graph; ``None`` for a view."""
         if node not in self._fragments:
-            if is_view(node):
-                self._fragments[node] = None
-            else:
-                self._fragments[node] = _Info(
-                    (),
-                    op_kinds.classify(node),
-                    self.step.bytes(node),
-                    node_seconds(node, self.rates, materialised=False),
-                    op_kinds.op_name(node) in op_kinds.HEAVY,
-                    self._is_drawn(node),
-                )
+            known = (
+                None if is_view(node) else read_fragment(self.step, node, self.rates, self.fused)
+            )
+            self._fragments[node] = known
         return self._fragments[node]
 
 

@@ -253,7 +253,7 @@ class Looped:
             own = 0 if several or (node in written and sliced) else size
             heavy = op_kinds.op_name(node) in op_kinds.HEAVY
             ops.append(Op(node, op_kinds.classify(node), reads, own, seconds, heavy))
-        line = simulate(ops)
+        line = simulate(ops, grouped=self.step.device.type == "cpu")
         buffers = sum(self.step.bytes(n) for n in part.outputs)
         trip = line.seconds(self.rates.memory, self.rates.launch) + TRIP
         return LoopCost(buffers + line.peak, trip * run.count)

@@ -14,7 +14,6 @@ Segments: Chen et al. 2016, §3; greedy by bytes a second: cf. Kirisame et al. 2
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterable, Sequence
 
@@ -83,10 +82,10 @@ class Planner:
         self._polish()
         return self.ladder
 
-    @functools.cached_property
+    @property
     def ground_draft(self) -> Drafted:
-        """The draft of the plan the planner starts from, lowered as Inductor would."""
-        return self.draft.under(self.ground, near=False)
+        """The draft of the plan the planner starts from."""
+        return self._try(self.ground)
 
     def drafted(self, plan: Plan) -> Drafted:
         """The draft of any plan of the ladder."""

@@ -27,7 +27,7 @@ class Tried:
     peak: int
     unpooled: int  #: the peak with no buffer held past its last use for another's sake
     pooled: bool = True  #: whether the lowering may hold them
-    near: bool = False  #: whether reductions are kept from readers far below
+    prompt: bool = False  #: whether kernels are kept from waiting for others' library calls
 
     def within(self, budget: int | None) -> Tried:
         """The same with buffers freed at once, where that fits the budget or, with none, helps.
@@ -108,7 +108,7 @@ class Search:
         else:
             cut = split(step, drafted)
         lowered = self.lower(step, cut, drafted)
-        tried = Tried(step, drafted, cut, *lowered, near=True).within(budget)
+        tried = Tried(step, drafted, cut, *lowered, prompt=True).within(budget)
         self.least = min((self.least, tried), key=lambda t: t.unpooled)
         return tried
 

@@ -113,6 +113,15 @@ def view_base(node: fx.Node) -> fx.Node:
     return base
 
 
+def is_reshaped(node: fx.Node) -> bool:
+    """Whether the node is a view of a value in which its elements are counted otherwise."""
+    while is_view(node):
+        if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+            return True
+        node = view_base(node)
+    return False
+
+
 def must_save(node: fx.Node) -> bool:
     """Whether the user, or torch on their behalf, bound the value to be saved."""
     return node.meta.get("recompute") is _torch.CheckpointPolicy.MUST_SAVE
@@ -262,6 +271,12 @@ class Step:
     def dynamic(self) -> bool:
         """Whether any size in the step is symbolic."""
         return any(_torch.is_symbolic(node.meta.get("val")) for node in self.placeholders)
+
+    @functools.cached_property
+    def device(self) -> torch.device:
+        """Where the step runs: the first accelerator among its inputs, else the CPU."""
+        found = (t.device for node in self.placeholders for t in tensors(node))
+        return next((d for d in found if d.type != "cpu"), torch.device("cpu"))
 
     def input_bytes(self) -> int:
         """Bytes of primals, each storage once: what lives before the step."""

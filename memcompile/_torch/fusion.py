@@ -5,35 +5,71 @@ Checked by running on torch 2.13.0.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 from torch._inductor.virtualized import V
 
-__all__ = ["near_reductions"]
+__all__ = ["prompt_kernels"]
 
 
 @contextlib.contextmanager
-def near_reductions() -> Iterator[None]:
-    """Within the block, Inductor fuses no reduction with a reader far below it.
+def prompt_kernels() -> Iterator[None]:
+    """Within the block, Inductor fuses nothing that would move a value's life past a library call.
 
-    A reduction is smaller than what it reads, and a kernel runs where its last part does:
-    fused into a sum at the other end of the backward, as the gradient of a parameter used
-    twice is, it would keep all it reads alive until then (pytorch #193193). Inductor has
-    this rule, with its own measure of "far", for kernels that merely share an input.
+    A kernel runs where its last part can. Inductor fuses, say, the half of a parameter's
+    gradient that the first use gives with the sum at the other end of the backward, or a
+    recomputed value with a kernel that shares an input but needs a later product: what the
+    first part reads, and all that waits for it, stays alive until then (pytorch #193193).
+    Inductor has a rule of this kind, by distance alone, for kernels that merely share an input.
     """
     given = V.choices
     base: Any = type(given)
+    calls: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
 
-    class Near(base):  # a user's own heuristics stay in force
+    class Prompt(base):  # a user's own heuristics stay in force
         @staticmethod
         def can_fuse_vertical(scheduler: Any, one: Any, two: Any, score: int) -> bool:
-            if one.is_reduction() and scheduler.are_long_distant_nodes(one, two):
+            if _delays(scheduler, one, two):
                 return False
             return bool(base.can_fuse_vertical(scheduler, one, two, score))
 
-    near = object.__new__(Near)
-    near.__dict__.update(given.__dict__)
-    with V.set_choices_handler(near):
+        @staticmethod
+        def can_fuse_horizontal(scheduler: Any, one: Any, two: Any, score: int) -> bool:
+            if scheduler not in calls:
+                calls[scheduler] = _calls(scheduler)
+            if _before(calls[scheduler], one) != _before(calls[scheduler], two):
+                return False
+            return bool(base.can_fuse_horizontal(scheduler, one, two, score))
+
+    prompt = object.__new__(Prompt)
+    prompt.__dict__.update(given.__dict__)
+    with V.set_choices_handler(prompt):
         yield
+
+
+def _delays(scheduler: Any, one: Any, two: Any) -> bool:
+    """Whether fusing the two makes one wait for a library call that only the other needs."""
+    early, late = (one, two) if one.min_order <= two.min_order else (two, one)
+    for name in late.ancestors - early.ancestors:
+        node = scheduler.name_to_node.get(name)
+        if node is not None and node.is_extern() and node.min_order > early.min_order:
+            return True
+    return False
+
+
+def _calls(scheduler: Any) -> list[int]:
+    """Where in the schedule the library calls stand, those that read nothing left out."""
+    return sorted(
+        node.min_order
+        for node in scheduler.name_to_node.values()
+        if hasattr(node, "min_order") and node.is_extern() and node.read_writes.reads
+    )
+
+
+def _before(calls: list[int], node: Any) -> int:
+    """How many library calls stand before the kernel."""
+    return bisect.bisect(calls, node.min_order)

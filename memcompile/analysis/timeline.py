@@ -43,13 +43,12 @@ class Op:
     owned: bool = True  #: for a source: the graph frees it after its last use
     work: int = 0  #: bytes alive inside it while it runs
     traffic: int = 0  #: bytes a read moves, where ``bytes`` is not it (inputs count as zero)
+    reshaped: tuple[int, ...] = ()  #: those of ``inputs`` that are read in another shape
 
 
 #: Inductor's defaults (``config.realize_reads_threshold`` and
 #: ``config.realize_acc_reads_threshold``, torch 2.13).
 REUSED_READS, ACCUMULATED_READS = 4, 8
-#: Buffers between two that Inductor calls "long distant" (``are_long_distant_nodes``).
-FAR = 64
 
 
 @dataclasses.dataclass(slots=True)
@@ -59,25 +58,26 @@ class Real:
     real: list[bool]
     reads: list[set[int] | None]
     seconds: list[float]
-    level: list[int]  #: ops of one level, unbroken by a library call, can share a kernel
+    awaits: list[int]  #: the library calls each waits for, a bit for each op's place
 
 
-def materialise(ops: Sequence[Op], near: bool = True) -> Real:
-    """Decide which ops hold memory and which vanish into their readers.
-
-    ``near``: a reduction is fused with no reader far below it; Inductor alone would.
-    """
+def materialise(ops: Sequence[Op]) -> Real:
+    """Decide which ops hold memory and which vanish into their readers."""
     n = len(ops)
     users, hard = [0] * n, [op.keep for op in ops]
+    copied = [False] * n  # real, but only in the shape a library call reads it in
     for op in ops:
         for i in op.inputs:
             users[i] += 1
             if op.kind >= Kind.EXTERN:
-                hard[i] = True
+                hard[i] |= i not in op.reshaped
+                copied[i] |= i in op.reshaped
+    hard = [h or (c and u == 1) for h, c, u in zip(hard, copied, users, strict=True)]
     real = [False] * n
     reads: list[set[int] | None] = [None] * n
     seconds = [0.0] * n
-    level = [0] * n
+    awaits = [0] * n
+    heavy = [op.heavy for op in ops]  # itself, or what it computes on the way
     for j, op in enumerate(ops):
         if op.kind == Kind.SOURCE:
             real[j] = True
@@ -85,61 +85,56 @@ def materialise(ops: Sequence[Op], near: bool = True) -> Real:
         touched: set[int] = set()
         cost = op.seconds
         for i in op.inputs:
-            if real[i]:
+            if real[i] or (copied[i] and i in op.reshaped):
                 touched.add(i)
             else:
                 touched |= reads[i] or set()
                 cost += seconds[i]
+                heavy[j] |= heavy[i]
         reads[j], seconds[j] = touched, cost
-        external = op.kind >= Kind.EXTERN
-        depth = 0
+        calls = 0
         for i in touched:
-            step = ops[i].kind != Kind.SOURCE and (external or ops[i].kind >= Kind.EXTERN)
-            depth = max(depth, level[i] + step)
-        level[j] = depth
+            calls |= awaits[i] | (ops[i].kind >= Kind.EXTERN) << i
+        awaits[j] = calls
         real[j] = (
             op.kind != Kind.POINTWISE
             or hard[j]
             or op.drawn
-            or (users[j] > 1 and (len(touched) > REUSED_READS or op.heavy))
+            or (users[j] > 1 and (len(touched) > REUSED_READS or heavy[j]))
             or len(touched) > ACCUMULATED_READS
         )
-    _drop_inside_kernels(ops, hard, level, real, reads, seconds, near)
-    return Real(real, reads, seconds, level)
+    for j, copy in enumerate(copied):
+        real[j] |= copy
+        hard[j] |= copy
+    _drop_inside_kernels(ops, hard, awaits, real, reads, seconds)
+    return Real(real, reads, seconds, awaits)
 
 
 def _drop_inside_kernels(
     ops: Sequence[Op],
     hard: list[bool],
-    level: list[int],
+    awaits: list[int],
     real: list[bool],
     reads: list[set[int] | None],
     seconds: list[float],
-    near: bool,
 ) -> None:
     """A value that only its own fused kernel reads never reaches memory.
 
     A draw depends on nothing but its seed, so the one kernel that reads it can draw it.
     """
-    first_level, last_level = [len(ops)] * len(ops), [-1] * len(ops)
-    number, last_number = [0] * len(ops), [0] * len(ops)  # in Inductor's order of buffers
-    buffers = 0
-    for j, op in enumerate(ops):
-        if real[j] and op.kind != Kind.SOURCE:
-            number[j] = buffers = buffers + 1
-            for i in reads[j] or ():
-                first_level[i] = min(first_level[i], level[j])
-                last_level[i] = max(last_level[i], level[j])
-                last_number[i] = buffers
-    inside = {
-        j
+    loose = [
+        real[j] and not hard[j] and op.kind in (Kind.POINTWISE, Kind.REDUCTION)
         for j, op in enumerate(ops)
-        if real[j]
-        and not hard[j]
-        and op.kind in (Kind.POINTWISE, Kind.REDUCTION)
-        and last_level[j] == (first_level[j] if op.drawn else level[j])
-        and not (near and op.kind == Kind.REDUCTION and last_number[j] - number[j] > FAR)
-    }
+    ]
+    start: dict[int, int] = {}  # where the kernel that would hold a value begins
+    for j, op in enumerate(ops):
+        if not real[j] or op.kind == Kind.SOURCE:
+            continue
+        for i in reads[j] or ():
+            if loose[i]:
+                first = start.setdefault(i, j if ops[i].drawn else i)
+                loose[i] = not (awaits[j] & ~awaits[first]) >> first
+    inside = {i for i in start if loose[i]}
     if not inside:
         return
     for j in range(len(ops)):
@@ -185,45 +180,39 @@ class Timeline:
     def seconds(self, bandwidth: float, launch: float) -> float:
         """Predicted seconds: for each kernel the longer of its compute and its traffic.
 
-        Fusible ops of one level that read the same buffer are taken to share that read
-        (horizontal fusion). ``bandwidth`` is in bytes per second, ``launch`` in seconds.
+        Fusible ops that wait for the same library calls and read the same buffer are taken
+        to share that read (horizontal fusion). ``bandwidth`` is in bytes per second,
+        ``launch`` in seconds.
         """
-        total, shared = 0.0, set()
+        total, shared, calls = 0.0, set(), 0
         ops, real = self.ops, self.real
         for j, op in enumerate(ops):
+            calls += op.kind >= Kind.EXTERN
             if not real.real[j] or op.kind in (Kind.SOURCE, Kind.PART):
                 continue
             traffic = op.bytes
             for i in real.reads[j] or ():
                 if op.kind < Kind.EXTERN:
-                    if (i, real.level[j]) in shared:
+                    if (i, calls) in shared:
                         continue
-                    shared.add((i, real.level[j]))
+                    shared.add((i, calls))
                 traffic += ops[i].traffic or ops[i].bytes
             total += max(real.seconds[j], traffic / bandwidth) + launch
         return total
 
 
-def simulate(ops: Sequence[Op], base: int = 0, near: bool = True) -> Timeline:
+def simulate(ops: Sequence[Op], base: int = 0, grouped: bool = False) -> Timeline:
     """Walk ``ops`` once: allocate outputs, then free what was read for the last time.
 
     Args:
         ops: sources first, then ops in execution order.
         base: bytes alive throughout that no op owns.
-        near: see :func:`materialise`.
+        grouped: kernels between two library calls are one call, which allocates all it
+            writes before it starts and frees nothing until it ends (Inductor's C++ does so).
     """
-    real = materialise(ops, near)
+    real = materialise(ops)
+    last = _last_needs(ops, real)
     n = len(ops)
-    last = [-1] * n
-    for j, op in enumerate(ops):
-        if op.keep or (op.kind == Kind.SOURCE and not op.owned):
-            last[j] = n
-        if op.kind == Kind.SOURCE or not real.real[j]:
-            continue
-        last[j] = max(last[j], j)
-        for i in real.reads[j] or ():
-            if last[i] < j:
-                last[i] = j
     freed: list[int] = [0] * (n + 1)
     dies_into: list[list[int]] = [[] for _ in range(n)]
     current = base
@@ -236,12 +225,37 @@ def simulate(ops: Sequence[Op], base: int = 0, near: bool = True) -> Timeline:
             if place != j:
                 dies_into[place].append(op.bytes)
     live = [0] * n
+    waiting = 0  # bytes the present call has done with
     for j, op in enumerate(ops):
+        alone = op.kind >= Kind.EXTERN or not grouped
+        if alone:
+            current, waiting = current - waiting, 0
         if op.kind != Kind.SOURCE and real.real[j]:
             reuse = op.kind < Kind.EXTERN and op.bytes in dies_into[j]
             current += op.bytes
             live[j] = (current - op.bytes if reuse else current) + op.work
+            if reuse:
+                current -= op.bytes
+                freed[j] -= op.bytes
         else:
             live[j] = current
-        current -= freed[j]
+        waiting += freed[j]
+        if alone:
+            current, waiting = current - waiting, 0
     return Timeline(ops, real, live, last)
+
+
+def _last_needs(ops: Sequence[Op], real: Real) -> list[int]:
+    """The place of the last op that needs each op's memory; ``len(ops)`` for what stays."""
+    n = len(ops)
+    last = [-1] * n
+    for j, op in enumerate(ops):
+        if op.keep or (op.kind == Kind.SOURCE and not op.owned):
+            last[j] = n
+        if op.kind == Kind.SOURCE or not real.real[j]:
+            continue
+        last[j] = max(last[j], j)
+        for i in real.reads[j] or ():
+            if last[i] < j:
+                last[i] = j
+    return last

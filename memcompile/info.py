@@ -1,0 +1,78 @@
+"""What a draft needs of one node, read once."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import fx
+
+from memcompile.analysis import ops as op_kinds
+from memcompile.analysis.cost import Rates, node_seconds
+from memcompile.analysis.timeline import Kind, Op
+from memcompile.step import Step, is_reshaped, tensors
+
+
+@dataclasses.dataclass(slots=True)
+class Info:
+    """One node, as the timeline sees it."""
+
+    inputs: tuple[fx.Node, ...]  #: roots it reads
+    kind: Kind
+    bytes: int
+    seconds: float
+    heavy: bool
+    drawn: bool
+    work: int = 0
+    reshaped: frozenset[int] = frozenset()  #: places in ``inputs``
+
+    def op(self, node: fx.Node, inputs: tuple[int, ...], keep: bool = False) -> Op:
+        """The node's op, reading what stands at the places ``inputs``."""
+        return Op(
+            node, self.kind, inputs, self.bytes, self.seconds, self.heavy, self.drawn, keep,
+            work=self.work, reshaped=tuple(inputs[k] for k in self.reshaped),
+        )  # fmt: skip
+
+
+def read_node(step: Step, node: fx.Node, rates: Rates, fused: bool) -> Info:
+    """What a step's node is to its draft; ``fused``: whether the lowering fuses."""
+    roots = step.roots
+    kind = op_kinds.classify(node)
+    if not fused and kind in (Kind.POINTWISE, Kind.REDUCTION):
+        kind = Kind.EXTERN
+    read = [a for a in node.all_input_nodes if tensors(a)]
+    if kind == Kind.PART:
+        base = node.args[0]
+        assert isinstance(base, fx.Node)
+        read += [a for a in base.all_input_nodes if tensors(a)]
+    inputs = dict.fromkeys(roots[a] for a in read)
+    loop = node.meta.get("loop")
+    if loop is not None:
+        return Info(tuple(inputs), kind, 0, loop.seconds, False, False, loop.bytes)
+    straight = {roots[a] for a in read if not is_reshaped(a)}
+    several = isinstance(node.meta.get("val"), (list, tuple))
+    view = roots[node] is not node
+    return Info(
+        tuple(inputs),
+        kind,
+        0 if several or view else step.bytes(node),
+        0.0 if kind == Kind.SOURCE or view else node_seconds(node, rates, materialised=False),
+        op_kinds.op_name(node) in op_kinds.HEAVY,
+        _is_drawn(node, fused),
+        reshaped=frozenset(k for k, root in enumerate(inputs) if root not in straight),
+    )
+
+
+def read_fragment(step: Step, node: fx.Node, rates: Rates, fused: bool) -> Info:
+    """Like :func:`read_node` for a node of a rebuild graph that is not a view."""
+    return Info(
+        (),
+        op_kinds.classify(node),
+        step.bytes(node),
+        node_seconds(node, rates, materialised=False),
+        op_kinds.op_name(node) in op_kinds.HEAVY,
+        _is_drawn(node, fused),
+    )
+
+
+def _is_drawn(node: fx.Node, fused: bool) -> bool:
+    return fused and op_kinds.op_name(node) == "inductor_random"
