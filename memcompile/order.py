@@ -36,8 +36,8 @@ def late_order(
         needed.add(node)
         stack.extend(info[node].inputs)
     nodes = [n for n in step.nodes if n in needed and n.op == "call_function"]
-    order = _freeing_first(nodes, info, gradients)
     tangents = set(step.tangents)
+    order = _freeing_first(nodes, info, gradients, frozenset(nodes) | tangents)
     for place, node in enumerate(order):
         if any(i in tangents for i in info[node].inputs):
             return order[place:] + order[:place]
@@ -45,7 +45,10 @@ def late_order(
 
 
 def _freeing_first(
-    order: list[fx.Node], info: Mapping[fx.Node, Info], gradients: Sequence[fx.Node]
+    order: list[fx.Node],
+    info: Mapping[fx.Node, Info],
+    gradients: Sequence[fx.Node],
+    late: frozenset[fx.Node],
 ) -> list[fx.Node]:
     """What frees more than it makes runs as soon as it can, the rest in step order.
 
@@ -67,10 +70,11 @@ def _freeing_first(
         freed = sum(
             info[i].bytes for i in reads[root] if last[i] is root and info[i].kind != Kind.SOURCE
         )
-        ready = max((place[kernel[i]] for i in reads[root] if i in kernel), default=None)
-        if ready is None or freed <= info[root].bytes or not runs_twice(root):
+        given = [place[kernel[i]] if i in kernel else -1 for i in reads[root] if i in late]
+        if not given or freed <= info[root].bytes or not runs_twice(root):
             continue
-        if calls[number] - calls[ready] <= NEAR:
+        ready = max(given)
+        if calls[number] - (calls[ready] if ready >= 0 else 0) <= NEAR:
             place[root] = ready
     return sorted(order, key=lambda node: place[kernel[node]])
 

@@ -11,10 +11,10 @@ from memcompile.planner import Planner
 from memcompile.split import Split, rewrite_whole, split
 from memcompile.step import Step
 
-#: Schedulings of one graph, Inductor's own included.
-TRIES = 3
-#: Share of the room that a second try aims for: its error may be larger than the first one's.
-SAFE = 0.9
+#: Share of the room that is aimed for: what a draft leaves out is small, but not nothing.
+AIM = 0.995
+#: A draft further above what was lowered than this wastes memory, and is tried anew.
+WASTE = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,42 +63,43 @@ class Search:
         """The least lowered peak found, ties by time."""
         floor = self.ladder.floor
         tries = [self.first.within(None), self._try(floor, None)]
-        # A rung a little above may lower better than it was predicted to.
-        above = self.ladder.fit(floor.peak + (floor.peak - self.step.input_bytes()) // 20)
-        if above is not None and above.plan.key() != floor.plan.key():
+        above = self._above(tries[1])
+        if above is not floor:
             tries.append(self._try(above, None))
         return min(tries, key=lambda t: (t.peak, t.drafted.seconds))
 
     def fitting(self, budget: int) -> Tried | None:
         """The cheapest tried rung whose lowered peak is at most ``budget``; ``None`` for none.
 
-        A budget is refused only when the floor itself has been lowered and missed it, be
-        that one scheduling more than ``TRIES``.
+        The first try follows the drafts alone, so that a lower budget gets a lower rung. A
+        budget is refused only when the floor itself has been lowered and missed it, be that
+        the fourth scheduling, Inductor's own included.
         """
         inputs = self.step.input_bytes()
-        room = max(0, budget - inputs - self.held)
-        error = self._error(self.first)
+        room = AIM * max(0, budget - inputs - self.held)
         floor = self.ladder.floor
-        fits: Tried | None = None
-        rung = self.ladder.fit(inputs + int(room / max(1.0, error))) or floor
-        for left in range(TRIES - 2, -1, -1):
-            tried = self._try(rung, budget)
-            error = self._error(tried)
-            if tried.peak <= budget:
-                if fits is None or tried.drafted.seconds < fits.drafted.seconds:
-                    fits = tried
-                slack = (budget - tried.peak) / max(1, room)
-                looser = self.ladder.fit(inputs + int(0.99 * room / error))
-                if left == 0 or slack < 0.03 or looser is None or looser.peak <= rung.peak:
-                    return fits
-                rung = looser
-                continue
-            if fits is not None or rung is floor:
-                return fits
-            target = inputs + int(SAFE * room / max(error, 1e-9))
-            rung = self.ladder.fit(min(target, rung.peak - 1)) or floor
-        last = self._try(floor, budget)  # only the floor's own miss is a refusal
-        return last if last.peak <= budget else None
+        rung = self.ladder.fit(inputs + int(room)) or floor
+        tried = self._try(rung, budget)
+        error = self._error(tried)
+        other = self.ladder.fit(inputs + int(room / error)) or floor
+        if tried.peak <= budget:
+            if error < WASTE and other.peak > rung.peak:
+                again = self._try(other, budget)
+                return again if again.peak <= budget else tried
+            return tried
+        if rung is floor:
+            other = self._above(tried)
+        elif other.peak >= rung.peak:
+            other = self.ladder.fit(rung.peak - 1) or floor
+        if other is not rung:
+            tried = self._try(other, budget)
+        if tried.peak > budget and floor is not rung and floor is not other:
+            tried = self._try(floor, budget)
+        return tried if tried.peak <= budget else None
+
+    def _above(self, floor: Tried) -> Rung:
+        """The cheapest rung that was predicted to do better than the floor has done."""
+        return self.ladder.fit(floor.peak - self.held - 1) or self.ladder.floor
 
     def _try(self, rung: Rung, budget: int | None) -> Tried:
         planner: Planner = rung.planner
