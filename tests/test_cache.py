@@ -15,12 +15,12 @@ from torch._dynamo.utils import counters
 sys.path.insert(0, sys.argv[2])
 
 def step(x, w):
-    for _ in range(4):
-        x = torch.tanh(x @ w)
+    for each in w:
+        x = torch.tanh(x @ each)
     return x.square().mean()
 
 torch.manual_seed(0)
-x, w = torch.randn(64, 32, requires_grad=True), torch.randn(32, 32, requires_grad=True)
+x, w = torch.randn(64, 32, requires_grad=True), torch.randn(4, 32, 32, requires_grad=True)
 options = {"budget": "min"}
 if len(sys.argv) > 3:
     options["passes"] = ["default", __import__(sys.argv[3]).Mine()]

@@ -110,14 +110,26 @@ def peak(run: Run) -> int:
     return memcompile.measure_peak(run, warmup=1).bytes
 
 
+def median_ratio(one: Run, other: Run) -> float:
+    """Seconds of one run over those of another, alternating."""
+    ratios = []
+    for _ in range(15):
+        start = time.perf_counter()
+        one()
+        middle = time.perf_counter()
+        other()
+        ratios.append((middle - start) / (time.perf_counter() - middle))
+    return statistics.median(ratios)
+
+
 def gradients(model: nn.Module) -> list[Tensor]:
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-def test_a_lower_budget_never_peaks_higher_and_the_first_fifth_is_nearly_free() -> None:
-    """pytorch #197838: with ``activation_memory_budget`` the physical peak goes up and down as
-    the budget falls. Here it only falls, and 22 % below plain Inductor's peak costs at most 5 %
-    of predicted time. The issue's own figure is beside its budget 0.05, which is not built here."""
+def test_where_torchs_own_budget_is_lowest_ours_needs_a_fifth_less_in_no_more_time() -> None:
+    """pytorch #197838: with ``activation_memory_budget`` the peak goes up and down as the budget
+    falls. At the issue's point, its budget 0.05, ours is at least 22 % below it at no more than
+    5 % more time. (That peaks only fall is in ``test_lowering.py``.)"""
     torch.manual_seed(0)
     model = nn.Sequential(*(Layer(64, 4, 172) for _ in range(3)))
     x = torch.randn(2, 513, 64)
@@ -125,18 +137,15 @@ def test_a_lower_budget_never_peaks_higher_and_the_first_fifth_is_nearly_free() 
     def step(x: Tensor) -> Tensor:
         return model(x).square().mean()
 
-    stock = peak(runner(model, torch.compile(step), x))
-    peaks = []
-    for percent in (100, 78, 60):
-        torch._dynamo.reset()
-        options = {"budget": f"{percent}%", "name": f"{percent} %"}
-        peaks.append(peak(runner(model, torch.compile(step, backend="memopt", options=options), x)))
-        report = memcompile.reports()[-1]
-        assert peaks[-1] <= percent / 100 * (report.inductor - report.before) + 1
-        if percent == 78:
-            assert peaks[-1] <= 0.78 * stock
-            assert report.seconds <= 0.05 * report.step_seconds
-    assert peaks == sorted(peaks, reverse=True)
+    theirs = runner(model, torch.compile(step), x)
+    with torch._functorch.config.patch(activation_memory_budget=0.05):
+        limit = peak(theirs) * 78 // 100
+    before = sum(t.nbytes for t in (*model.parameters(), x))
+    ours = runner(
+        model, torch.compile(step, backend="memopt", options={"budget": before + limit}), x
+    )
+    assert peak(ours) <= limit
+    assert median_ratio(ours, theirs) <= 1.05
 
 
 def test_a_checkpointed_stack_traversed_twice_needs_no_more_than_eager_checkpointing() -> None:
@@ -157,14 +166,7 @@ def test_a_checkpointed_stack_traversed_twice_needs_no_more_than_eager_checkpoin
     for got, expected in zip(gradients(model), want, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
-    ratios = []
-    for _ in range(15):
-        start = time.perf_counter()
-        ours()
-        middle = time.perf_counter()
-        eager()
-        ratios.append((middle - start) / (time.perf_counter() - middle))
-    assert statistics.median(ratios) <= 1.0
+    assert median_ratio(ours, eager) <= 1.0
 
 
 def test_a_compiled_checkpointed_stack_needs_no_more_than_eager_checkpointing() -> None:

@@ -72,3 +72,62 @@ def test_a_draw_that_the_caller_keeps_is_a_buffer() -> None:
     line = lay(random_draw(keep=True), reader(1))
     assert holds(line)
     assert line.peak == DRAW + READ
+
+
+# ------------------------------------------------------------------- kernels and calls
+
+
+def source(size: int = 0) -> Op:
+    return Op("source", Kind.SOURCE, (), size)
+
+
+def test_a_sum_is_not_held_open_for_a_reader_that_waits_for_a_library_call() -> None:
+    """What it reads is gone by then (pytorch #193193)."""
+    big = Op("big", Kind.EXTERN, (0,), 1000)
+    total = Op("sum", Kind.REDUCTION, (1,), 8)
+    line = simulate(
+        [source(), big, total, call(0), Op("add", Kind.POINTWISE, (2, 3), 8, keep=True)]
+    )
+    assert line.real.real[2]
+    assert line.last[1] == 2
+
+
+def test_a_sum_that_waits_for_nothing_new_stays_inside_its_readers_kernel() -> None:
+    total = Op("sum", Kind.REDUCTION, (1,), 8)
+    line = simulate([source(), call(0), total, Op("mul", Kind.POINTWISE, (1, 2), 30, keep=True)])
+    assert not line.real.real[2]
+
+
+def test_what_is_read_in_another_shape_by_a_library_call_alone_is_its_copy() -> None:
+    """Inductor writes the reshaped value for the call; others compute it in place."""
+    value = Op("value", Kind.POINTWISE, (0,), 100)
+    reshaping = Op("call", Kind.EXTERN, (1,), 30, reshaped=(1,))
+    line = simulate(
+        [source(50), value, reshaping, Op("other", Kind.POINTWISE, (1, 2), 9, keep=True)]
+    )
+    assert line.real.real[1]
+    assert line.last[1] == 2, "the call's copy is not read again"
+    assert line.last[0] == 3, "the other reader starts from what the value was made of"
+
+
+def test_an_exponential_on_the_way_is_not_computed_twice() -> None:
+    inner = Op("exp", Kind.POINTWISE, (0,), 100, heavy=True)
+    outer = Op("silu", Kind.POINTWISE, (1,), 100)
+    line = simulate([source(), inner, outer, call(2), reader(2, 3)])
+    twice = simulate([source(), inner, outer, reader(2), call(3), reader(2, 4)])
+    assert not line.real.real[1] and line.real.real[2], "a library call reads it"
+    assert twice.real.real[2], "and so do two kernels"
+
+
+def test_kernels_between_two_library_calls_allocate_together_on_a_cpu() -> None:
+    """They are one C++ function: its outputs before it starts, its inputs until it ends."""
+    ops = [
+        source(),
+        Op("one", Kind.EXTERN, (0,), 100),
+        Op("sum", Kind.REDUCTION, (1,), 10, keep=True),
+        Op("other", Kind.REDUCTION, (0,), 40, keep=True),
+        Op("two", Kind.EXTERN, (0,), 5),
+    ]
+    assert simulate(ops).peak == 110
+    assert simulate(ops, grouped=True).peak == 150
+    assert simulate(ops, grouped=True).live[-1] == 55

@@ -1,0 +1,99 @@
+"""What is drafted is what is lowered: the planner's promise before any kernel is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from helpers import stack, tensor
+from test_known_faults import Layer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import memcompile
+from memcompile import backend
+
+pytestmark = pytest.mark.slow
+
+
+class Planned(Exception):
+    """Ends a compilation once the step is planned: no kernel is built."""
+
+
+def dry(step: Callable[..., Any], inputs: list[Tensor], budget: Any) -> memcompile.Report:
+    """The report of a step planned and scheduled, not compiled.
+
+    Raises:
+        BudgetError: as the compiled step would.
+    """
+    partition, filed = backend._Job.partition, []
+
+    def stop(self: backend._Job, *args: Any, **kwargs: Any) -> None:
+        partition(self, *args, **kwargs)
+        filed.append(self.filed[-1])
+        raise Planned
+
+    torch._dynamo.reset()
+    with mock.patch.object(backend._Job, "partition", stop):
+        try:
+            torch.compile(step, backend="memopt", options={"budget": budget})(*inputs)
+        except Exception:
+            if not filed:
+                raise
+    return filed[0]
+
+
+class Residual(nn.Module):
+    """A transition with dropout, as in most of the models that are trained for science."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm, self.up = nn.LayerNorm(dim), nn.Linear(dim, 4 * dim)
+        self.down = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.dropout(self.down(F.gelu(self.up(self.norm(x)))), 0.1, self.training)
+
+
+def transitions() -> tuple[nn.Module, list[Tensor]]:
+    return nn.Sequential(Residual(64), Residual(64)), [torch.randn(512, 64)]
+
+
+def llama() -> tuple[nn.Module, list[Tensor]]:
+    return nn.Sequential(Layer(64, 4, 172), Layer(64, 4, 172)), [torch.randn(4, 128, 64)]
+
+
+def small() -> tuple[nn.Module, list[Tensor]]:
+    return stack(2), [tensor(32, 8)]
+
+
+@pytest.mark.parametrize(("subject", "budgets"), [(transitions, 20), (small, 20), (llama, 8)])
+def test_over_many_budgets_peaks_fall_times_rise_and_the_schedule_is_the_draft(
+    subject: Callable[[], tuple[nn.Module, list[Tensor]]], budgets: int
+) -> None:
+    model, inputs = subject()
+
+    def step(*given: Tensor) -> Tensor:
+        return model(*given).square().mean()
+
+    least = dry(step, inputs, "min")
+    assert least.lowered < 0.9 * least.inductor
+    reports = []
+    for place in range(budgets):
+        budget = least.lowered + (least.inductor - least.lowered) * place // (budgets - 1)
+        reports.append(dry(step, inputs, budget))
+        assert reports[-1].lowered <= budget
+        assert reports[-1].schedulings <= 3
+    reports = [r for r in reports if r.lowered < r.inductor]  # else it is Inductor's own split
+    assert len(reports) > budgets // 2
+    predicted, seconds = [r.predicted for r in reports], [r.seconds for r in reports]
+    assert predicted == sorted(predicted)
+    assert seconds == sorted(seconds, reverse=True)
+    lowered = [r.lowered for r in reports]
+    for place, report in enumerate(reports):
+        assert report.lowered <= 1.02 * min(lowered[place:])
+        drafted, real = report.predicted - report.before, report.lowered - report.before
+        assert abs(real / drafted - 1) <= 0.04
