@@ -68,18 +68,10 @@ def memopt(
             parsed = dataclasses.replace(parsed, mode=mode)
         return _Job(gm, example_inputs, parsed).compile()
     except Exception as error:
-        own = _own_error(error)
+        own = _torch.cause_of(error, MemcompileError)
         if own is None:
             raise
         return _raises(own)
-
-
-def _own_error(error: BaseException | None) -> MemcompileError | None:
-    while error is not None:
-        if isinstance(error, MemcompileError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def _raises(error: MemcompileError) -> Callable[..., Any]:

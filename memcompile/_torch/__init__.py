@@ -13,7 +13,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import sympy
@@ -98,6 +98,7 @@ __all__ = [
 ]
 
 aten = torch.ops.aten
+E = TypeVar("E", bound=BaseException)
 
 #: Ops that return a view without saying so in their schema.
 UNANNOTATED_VIEWS = frozenset({aten._unsafe_view.default, aten.lift_fresh.default})
@@ -213,7 +214,7 @@ def dry_run(
         except _Lowered as lowered:
             return lowered.graph
         except Exception as error:
-            cause = _find_lowered(error)
+            cause = cause_of(error, _Lowered)
             if cause is None:
                 raise
             return cause.graph
@@ -389,9 +390,10 @@ def profiled_tree(prof: torch.profiler.profile) -> list[Any]:
     return [] if results is None else list(results.experimental_event_tree())
 
 
-def _find_lowered(error: BaseException | None) -> _Lowered | None:
+def cause_of(error: BaseException | None, kind: type[E]) -> E | None:
+    """The first error of a kind among an error and what it was raised from."""
     while error is not None:
-        if isinstance(error, _Lowered):
+        if isinstance(error, kind):
             return error
         error = error.__cause__ or error.__context__
     return None
