@@ -7,9 +7,12 @@ error that the first one showed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import operator
 import time
+from collections.abc import Iterator
 
 from torch import fx
 
@@ -34,6 +37,18 @@ from memcompile.search import Search, Tried
 from memcompile.split import Split, inductor_split, split
 from memcompile.step import Step, must_recompute, must_save, source_line
 from memcompile.symbolic import peak_expressions
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Without cyclic garbage collection: walking all of torch is a quarter of planning."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 @dataclasses.dataclass
@@ -62,6 +77,7 @@ class Compiler:
 
     # -- training steps ---------------------------------------------------------------
 
+    @uncollected()
     def step(self, module: fx.GraphModule, num_outputs: int, static: tuple[int, ...]) -> Outcome:
         """Plan a joint graph and split it.
 
@@ -243,6 +259,7 @@ class Compiler:
 
     # -- graphs that are not split ------------------------------------------------------
 
+    @uncollected()
     def whole(self, module: fx.GraphModule) -> tuple[fx.GraphModule, Explained]:
         """Plan a graph without a split: inference, a backward inside it, an optimizer.
 

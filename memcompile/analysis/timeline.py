@@ -214,7 +214,7 @@ def simulate(ops: Sequence[Op], base: int = 0, grouped: bool = False) -> Timelin
     last = _last_needs(ops, real)
     n = len(ops)
     freed: list[int] = [0] * (n + 1)
-    dies_into: list[list[int]] = [[] for _ in range(n)]
+    dies_into: dict[int, list[int]] = {}
     current = base
     for j, op in enumerate(ops):
         if op.kind == Kind.SOURCE:
@@ -223,7 +223,7 @@ def simulate(ops: Sequence[Op], base: int = 0, grouped: bool = False) -> Timelin
             place = max(last[j], 0)
             freed[place] += op.bytes
             if place != j:
-                dies_into[place].append(op.bytes)
+                dies_into.setdefault(place, []).append(op.bytes)
     live = [0] * n
     waiting = 0  # bytes the present call has done with
     for j, op in enumerate(ops):
@@ -231,7 +231,7 @@ def simulate(ops: Sequence[Op], base: int = 0, grouped: bool = False) -> Timelin
         if alone:
             current, waiting = current - waiting, 0
         if op.kind != Kind.SOURCE and real.real[j]:
-            reuse = op.kind < Kind.EXTERN and op.bytes in dies_into[j]
+            reuse = op.kind < Kind.EXTERN and op.bytes in dies_into.get(j, ())
             current += op.bytes
             live[j] = (current - op.bytes if reuse else current) + op.work
             if reuse:
