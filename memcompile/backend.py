@@ -21,6 +21,7 @@ from memcompile import _torch, live, scratch, sizes, store
 from memcompile._torch.fusion import prompt_kernels
 from memcompile._torch.loops import released_loops
 from memcompile.analysis.cost import calibrate
+from memcompile.analysis.timeline import HELD
 from memcompile.compiler import Compiler, Outcome
 from memcompile.contract import Context
 from memcompile.errors import MemcompileError
@@ -160,7 +161,7 @@ class _Job:
             gm, explained = self.compiler.whole(gm)
             self._file(explained, "inference")
         patches = {} if self.compiler.pooled else {"allow_buffer_reuse": False}
-        fusion = prompt_kernels() if self.compiler.prompt else contextlib.nullcontext()
+        fusion = prompt_kernels(HELD) if self.compiler.prompt else contextlib.nullcontext()
         with _torch.inductor_config.patch(patches), released_loops(), fusion:
             return _torch.compile_fx_inner(gm, example_inputs, **kwargs)
 

@@ -20,6 +20,7 @@ from memcompile import _torch
 from memcompile._torch.fusion import prompt_kernels
 from memcompile.analysis.cost import calibrate
 from memcompile.analysis.ops import runs_twice
+from memcompile.analysis.timeline import HELD
 from memcompile.contract import Loop, Proposal
 from memcompile.draft import Draft
 from memcompile.errors import PassError
@@ -192,7 +193,7 @@ class Compiler:
         return Draft(step, calibrate(step.device), again, self.fused)
 
     def _lower_planned(self, step: Step, cut: Split, drafted: Drafted) -> tuple[int, int]:
-        with prompt_kernels():
+        with prompt_kernels(HELD):
             return self._lower(step, cut, drafted)
 
     def _lower(self, step: Step, cut: Split, drafted: Drafted) -> tuple[int, int]:
