@@ -154,7 +154,8 @@ def _factory(node: fx.Node, places: tuple[Place, ...]) -> Flow:
 
 def _draw(node: fx.Node, places: tuple[Place, ...]) -> Flow | None:
     """A draw from a seed, which stays whole."""
-    if node.kwargs:  # ``align_dtype``: eager's numbers, whose places count otherwise
+    (seed,) = tensor_args(node)
+    if tensors(seed)[0].dim() or node.kwargs:  # ``align_random_eager``: eager's numbers
         return None
     return Flow(places, (None,))
 
