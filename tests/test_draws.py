@@ -310,3 +310,19 @@ def test_triton_kernels_draw_by_place_alone(monkeypatch: pytest.MonkeyPatch) -> 
         for op in ("rand", "randn"):
             assert getattr(draws.TritonOverrides, op)("seed", "at").startswith(f"tl.{op}(")
     assert draws.TritonOverrides._can_use_4x_random()
+
+
+def test_every_graph_is_compiled_to_draw_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hasattr(draws.TritonOverrides, "_can_use_4x_random"):
+        pytest.skip("this torch has no such path")
+    always = staticmethod(lambda: True)
+    monkeypatch.setattr(draws.TritonOverrides, "_can_use_4x_random", always)
+    seen, compile_inner = [], memcompile._torch.compile_fx_inner
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        seen.append(draws.TritonOverrides._can_use_4x_random())
+        return compile_inner(*args, **kwargs)
+
+    monkeypatch.setattr(memcompile._torch, "compile_fx_inner", spy)
+    memopt(lambda x: F.dropout(x, 0.5), None, "inductor")(tensor(4, 5)).sum().backward()
+    assert seen == [False, False], "the forward, the backward"
