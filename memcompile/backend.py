@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from memcompile import _torch, live, scratch, sizes, store
+from memcompile._torch.draws import exact_draws
 from memcompile._torch.fusion import prompt_kernels
 from memcompile._torch.loops import released_loops
 from memcompile.analysis.cost import calibrate
@@ -162,7 +163,7 @@ class _Job:
             self._file(explained, "inference")
         patches = {} if self.compiler.pooled else {"allow_buffer_reuse": False}
         fusion = prompt_kernels(HELD) if self.compiler.prompt else contextlib.nullcontext()
-        with _torch.inductor_config.patch(patches), released_loops(), fusion:
+        with _torch.inductor_config.patch(patches), released_loops(), exact_draws(), fusion:
             return _torch.compile_fx_inner(gm, example_inputs, **kwargs)
 
     def _eager(self) -> Callable[..., Any]:

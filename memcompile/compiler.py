@@ -26,7 +26,7 @@ from memcompile.draft import Draft
 from memcompile.errors import PassError
 from memcompile.explain import Explained, explain
 from memcompile.ladder import Ladder
-from memcompile.looping import with_loops
+from memcompile.looping import unseeded, with_loops
 from memcompile.lowering import Lowering
 from memcompile.options import Budget, Options
 from memcompile.pipeline import Pipeline
@@ -149,6 +149,7 @@ class Compiler:
     def _with_loops(self, planner: Planner, loops: list[Loop]) -> Ladder:
         """The planner's ladder, and the rungs of the step with loops merged in."""
         plain = planner.ladder
+        self._note(unseeded(loops))
         found = with_loops(planner, plain.floor.plan, loops, self._anew, self._loop_failed)
         if found is None:
             return plain
@@ -163,7 +164,10 @@ class Compiler:
         note = f"{what}{f' ({where})' if where else ''}: {type(error).__name__}"
         if self.options.strict:
             raise PassError(f"{note}: {error}") from error
-        if note not in self.notes:
+        self._note(note)
+
+    def _note(self, note: str | None) -> None:
+        if note is not None and note not in self.notes:
             self.notes.append(note)
 
     def _loops(self, chosen: Tried) -> tuple[LoopRow, ...]:
@@ -312,6 +316,7 @@ class Compiler:
         """The ladder of a graph without a split, with the loops that lower its peak."""
         nothing = Plan(frozenset())
         base = Planner(self._draft(step, frozenset()), nothing, [])
+        self._note(unseeded(loops))
         found = with_loops(base, nothing, loops, self._anew, self._loop_failed)
         if found is None:
             return Ladder()

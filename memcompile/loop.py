@@ -17,6 +17,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from memcompile import _torch
+from memcompile._torch.draws import draw_part
 from memcompile.analysis import ops as op_kinds
 from memcompile.analysis.cost import Rates, node_seconds
 from memcompile.analysis.flow import Place
@@ -28,6 +29,9 @@ aten = torch.ops.aten
 
 #: Which argument of an op is the shape of what it returns.
 SHAPE_AT = {"view": 1, "_unsafe_view": 1, "reshape": 1, "expand": 1, "full": 0}
+
+#: Random draws: of one seed in every trip, each trip its own part of the whole.
+DRAWS = frozenset({"inductor_random", "inductor_randint"})
 
 #: What a sum, maximum or minimum starts from.
 START = {"sum": 0.0, "max": float("-inf"), "min": float("inf")}
@@ -251,8 +255,9 @@ class Looped:
             seconds = node_seconds(node, self.rates, materialised=False) * share
             several = isinstance(node.meta.get("val"), (list, tuple))
             own = 0 if several or (node in written and sliced) else size
-            heavy = op_kinds.op_name(node) in op_kinds.HEAVY
-            ops.append(Op(node, op_kinds.classify(node), reads, own, seconds, heavy))
+            name, kind = op_kinds.op_name(node), op_kinds.classify(node)
+            heavy, drawn = name in op_kinds.HEAVY, name in op_kinds.DRAWN
+            ops.append(Op(node, kind, reads, own, seconds, heavy, drawn))
         line = simulate(ops, grouped=self.step.device.type == "cpu")
         buffers = sum(self.step.bytes(n) for n in part.outputs)
         trip = line.seconds(self.rates.memory, self.rates.launch) + TRIP
@@ -324,7 +329,12 @@ class _Body:
             return slices[argument, place]
 
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), read)
-        at = SHAPE_AT.get(op_kinds.op_name(node))
+        name = op_kinds.op_name(node)
+        if name in DRAWS and isinstance(dim := self.region.places[node], int):
+            unit = node.meta["val"].shape[dim] // self.region.length
+            start = (self.run_.start + self.at * self.run_.size) * unit
+            return draw_part(name, args, dim, start, self.run_.size * unit)
+        at = SHAPE_AT.get(name)
         if at is not None:
             args = (*args[:at], self._local_shape(node), *args[at + 1 :])
         return node.target(*args, **kwargs)

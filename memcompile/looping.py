@@ -8,11 +8,13 @@ any other, with a ladder of its own.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterator
 
 from torch import fx
 
 from memcompile import region
+from memcompile.analysis.ops import is_random, op_name
 from memcompile.contract import Loop
 from memcompile.loop import Looped
 from memcompile.plan import Drafted, Plan
@@ -57,6 +59,21 @@ def with_loops(
             break
         state = better
     return (state.planner, state.rows) if state.rows else None
+
+
+def unseeded(loops: list[Loop]) -> str | None:
+    """A note on the first value offered that is a draw without a seed; ``None`` without one.
+
+    Such a draw cannot be made in parts: nothing that hangs together with it is looped.
+    """
+    for loop in loops:
+        node = loop.value.args[0] if loop.value.target is operator.getitem else loop.value
+        assert isinstance(node, fx.Node)
+        if is_random(node) and op_name(node) != "inductor_seeds":
+            where = source_line(node)
+            said = f"node {node.name}{f' ({where})' if where else ''}"
+            return f"{loop.by}: {said} draws without a seed; what it goes into is not chunked"
+    return None
 
 
 def _round(state: _State, anew: Anew, failed: Failed) -> _State | None:

@@ -250,14 +250,6 @@ def test_a_buffer_that_a_step_writes_to_is_written_once() -> None:
 # ---------------------------------------------------------------- where there are no loops
 
 
-def test_random_draws_are_not_looped_and_the_same_as_without() -> None:
-    model, x = double(Attention, 8, 2, 0.25), tensor(1, 37, 8)
-    whole, _ = planned(model, [x], None)
-    parts, (report,) = planned(model, [x], "min", passes=PASSES, strict=True)
-    assert_same(parts, whole)
-    assert not report.loops
-
-
 def test_symbolic_lengths_are_not_looped() -> None:
     report = looped(double(Attention), tensor(1, 37, 8), dynamic=True)
     assert report.symbols and not report.loops
