@@ -74,6 +74,9 @@ class Study(Measuring):
         if self.truth is not None:
             inductor = self.sides["Inductor"]
             self.found.inductor.numbers = sides.compare(inductor, inductor, self.truth)
+        if (amplify := self.limit.amplify) is not None:
+            label = f"Inductor's auto_chunker from {amplify}x on"
+            self._add(Row(label, "peer"), lambda: sides.auto_chunked(self.subject, label, amplify))
 
     def _ours(self) -> None:
         alone = self._memopt("recompute alone, least peak", "min", "min", ALONE)

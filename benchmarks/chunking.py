@@ -85,7 +85,7 @@ def find_longest(args: argparse.Namespace, place: Where, console: Console) -> No
         if task.name not in args.subjects:
             continue
         start = task.first
-        for way in (way for way in task.ways if not args.ways or way in args.ways):
+        for way in (way for way in task.ways if way in (args.ways or task.ways)):
             with bar(console) as progress:
                 row = progress.add_task(way, total=1)
                 tell = lambda text: progress.update(row, description=text)  # noqa: B023, E731

@@ -12,14 +12,13 @@ import math
 from collections.abc import Callable, Sequence
 
 import sides
-import torch._inductor.metrics as inductor_metrics
 from by_hand import attention_by_hand, evoformer_by_hand
 from chunk_limits import ALONE, CHUNK
 from layers import attention
 from measuring import released
 from records import Where
 from rich.console import Console
-from sides import Side
+from sides import DoesNotApply, Side
 from subjects import Scale, Subject, checkpointed, evoformer
 from tables import grid, mb
 
@@ -33,10 +32,6 @@ LEAST = 8  #: no shorter length is tried
 
 #: A step compiled one way, given the subject and the memory in bytes.
 Way = Callable[[Subject, int], Side]
-
-
-class DoesNotApply(Exception):
-    """A way of compiling that changes nothing of this subject."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,12 +107,8 @@ def per_block(subject: Subject, memory: int) -> Side:
 
 
 def auto_chunker(subject: Subject, memory: int) -> Side:
-    """Inductor's own chunking. It starts from a product much larger than what it reads."""
-    before = inductor_metrics.num_auto_chunking
-    side = sides.compiled(subject, "auto_chunker", options={"auto_chunker.enable": True})
-    if inductor_metrics.num_auto_chunking == before:
-        raise DoesNotApply("auto_chunker found nothing it can chunk")
-    return side
+    """Inductor's own chunking."""
+    return sides.auto_chunked(subject, "auto_chunker")
 
 
 def memopt(passes: str) -> Way:

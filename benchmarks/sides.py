@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
+import torch._inductor.metrics as inductor_metrics
 from records import Numbers, Ratio
 from subjects import Subject
 from torch import Tensor, nn
@@ -129,6 +130,26 @@ def compiled(
     with functorch_config.patch(patches):
         side.step()
     side.clear()
+    return side
+
+
+class DoesNotApply(Exception):
+    """A way of compiling that changes nothing of the subject."""
+
+
+def auto_chunked(subject: Subject, label: str, amplify: int = 8) -> Side:
+    """Inductor's own chunking, which starts from a matrix product that is large.
+
+    ``amplify`` is how many times as large as what it reads; 8 is Inductor's default.
+
+    Raises:
+        DoesNotApply: no such product, or what hangs on it cannot be chunked.
+    """
+    before = inductor_metrics.num_auto_chunking
+    options = {"auto_chunker.enable": True, "auto_chunker.amplify_ratio_threshold": amplify}
+    side = compiled(subject, label, options=options)
+    if inductor_metrics.num_auto_chunking == before:
+        raise DoesNotApply("auto_chunker found nothing it can chunk")
     return side
 
 

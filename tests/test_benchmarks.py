@@ -356,3 +356,11 @@ def test_what_the_study_of_chunking_cannot_do_is_refused(
         with pytest.raises(SystemExit):
             chunking.parse(argv)
         assert text in capsys.readouterr().err
+
+
+def test_inductors_own_chunking_says_where_it_does_not_apply() -> None:
+    import layers
+    import sides
+
+    with pytest.raises(sides.DoesNotApply), sides.planned_anew():
+        sides.auto_chunked(layers.attention("small", small=32), "auto_chunker")
