@@ -116,4 +116,4 @@ def test_over_many_budgets_peaks_fall_times_rise_and_the_schedule_is_the_draft(
     for place, report in enumerate(reports):
         assert report.lowered <= 1.02 * min(lowered[place:])
         drafted, real = report.predicted - report.before, report.lowered - report.before
-        assert abs(real / drafted - 1) <= 0.04
+        assert abs(real / drafted - 1) <= 0.05
