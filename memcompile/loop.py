@@ -17,17 +17,21 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from memcompile import _torch
+from memcompile._torch.loops import lower_added_products
 from memcompile.analysis import ops as op_kinds
 from memcompile.analysis.cost import Rates, node_seconds
 from memcompile.analysis.flow import Place
 from memcompile.analysis.timeline import Kind, Op, simulate
 from memcompile.region import Part, Region
-from memcompile.step import Step, hint, tensors
+from memcompile.step import Step, hint, must_save, tensors
 
 aten = torch.ops.aten
 
 #: Which argument of an op is the shape of what it returns.
 SHAPE_AT = {"view": 1, "_unsafe_view": 1, "reshape": 1, "expand": 1, "full": 0}
+
+#: Products that can be added to a buffer in place, by their name.
+ADDED_IN_PLACE = {"mm": aten.addmm_.default, "bmm": aten.baddbmm_.default}
 
 #: What a sum, maximum or minimum starts from.
 START = {"sum": 0.0, "max": float("-inf"), "min": float("inf")}
@@ -73,6 +77,7 @@ class Looped:
 
     def write(self) -> fx.GraphModule:
         """The new joint graph; its outputs and placeholders are those of the old one."""
+        lower_added_products()
         last = {id(part): part.nodes[-1] for part in self.part_of.values()}
         for node in self.step.nodes:
             part = self.part_of.get(node)
@@ -110,13 +115,16 @@ class Looped:
         self.done.add(id(part))
         inputs = [n for n in part.inputs if not _is_scalar(n)]
         given = [self._emit(n) for n in inputs]
-        buffers = [self._buffer(n) for n in part.outputs]
+        outputs = _in_writing_order(part, self.region)
+        buffers = [self._buffer(n) for n in outputs]
         for run in self.runs:
             for buffer in buffers:
                 buffer.meta["buffer"] = True
             buffers = self._while(part, run, inputs, given, buffers)
-        for node, buffer in zip(part.outputs, buffers, strict=True):
-            self.env[node] = self._finished(node, buffer)
+        for node, buffer in zip(outputs, buffers, strict=True):
+            new = self.env[node] = self._finished(node, buffer)
+            if must_save(node):
+                new.meta["recompute"] = node.meta["recompute"]
 
     # -- around a loop --------------------------------------------------------------------
 
@@ -192,7 +200,7 @@ class Looped:
         counter.meta["buffer"] = True
         carried = (counter, *buffers)
         values = [n.meta["val"] for n in (*carried, *given)]
-        body = self._trace(_Body(self, part, run, inputs).run, values)
+        body = _returning_buffers(self._trace(_Body(self, part, run, inputs).run, values))
         cond = self._trace(lambda i, *rest: aten.lt.Scalar(i, run.count), values)
         number = len(self.bodies) // 2
         names = [self._name(f"loop_cond_{number}"), self._name(f"loop_body_{number}")]
@@ -251,6 +259,8 @@ class Looped:
             seconds = node_seconds(node, self.rates, materialised=False) * share
             several = isinstance(node.meta.get("val"), (list, tuple))
             own = 0 if several or (node in written and sliced) else size
+            if node in written and _adds_in_place(node, self.region.places[node]):
+                own, seconds = 0, max(seconds, 2 * size / self.rates.memory)
             heavy = op_kinds.op_name(node) in op_kinds.HEAVY
             ops.append(Op(node, op_kinds.classify(node), reads, own, seconds, heavy))
         line = simulate(ops, grouped=self.step.device.type == "cpu")
@@ -288,9 +298,14 @@ class _Body:
             for place in self.part.inputs[node]
         }
         env: dict[fx.Node, Any] = {}
+        outputs = _in_writing_order(self.part, self.region)
+        whole_of = dict(zip(outputs, buffers, strict=True))
         for node in self.part.nodes:
-            env[node] = self._compute(node, env, slices)
-        for node, buffer in zip(self.part.outputs, buffers, strict=True):
+            if node in whole_of and _adds_in_place(node, self.region.places[node]):
+                self._compute(node, env, slices, into=whole_of.pop(node))
+            else:
+                env[node] = self._compute(node, env, slices)
+        for node, buffer in whole_of.items():
             self._store(buffer, self.region.places[node], env[node])
         return (aten.add.Tensor(counter, 1), *buffers)
 
@@ -308,7 +323,14 @@ class _Body:
         parts = [*shape[:place], run.count, size, *shape[place + 1 :]]
         return aten.select.int(aten.view.default(value, parts), place, self.at)
 
-    def _compute(self, node: fx.Node, env: dict[fx.Node, Any], slices: dict[Any, Any]) -> Any:
+    def _compute(
+        self,
+        node: fx.Node,
+        env: dict[fx.Node, Any],
+        slices: dict[Any, Any],
+        into: torch.Tensor | None = None,
+    ) -> Any:
+        """The node's value for this trip; a product added to ``into`` where that is given."""
         if node.target is operator.getitem:
             return env[node.args[0]][node.args[1]]
         places = iter(self.region.reads[node])
@@ -327,6 +349,8 @@ class _Body:
         at = SHAPE_AT.get(op_kinds.op_name(node))
         if at is not None:
             args = (*args[:at], self._local_shape(node), *args[at + 1 :])
+        if into is not None:
+            return ADDED_IN_PLACE[op_kinds.op_name(node)](into, *args)
         return node.target(*args, **kwargs)
 
     def _local_shape(self, node: fx.Node) -> list[int]:
@@ -347,9 +371,31 @@ class _Body:
             aten.copy_.default(buffer, aten.minimum.default(buffer, value))
 
 
+def _returning_buffers(body: fx.GraphModule) -> fx.GraphModule:
+    """The body returns the buffers it was given, not what wrote into them: they are the same."""
+    (output,) = body.graph.find_nodes(op="output")
+    written = {n: n.args[0] for n in body.graph.nodes if n.target in ADDED_IN_PLACE.values()}
+    output.args = fx.node.map_arg(output.args, lambda n: written.get(n, n))
+    body.recompile()
+    return body
+
+
 def _is_scalar(node: fx.Node) -> bool:
     """A constant without dimensions: made anew inside the body, where it folds away."""
     return node.target is aten.full.default and node.args[0] == []
+
+
+def _in_writing_order(part: Part, region: Region) -> list[fx.Node]:
+    """The outputs as the body writes them: Inductor tells the carried buffers apart by that."""
+    return sorted(part.outputs, key=lambda n: not _adds_in_place(n, region.places[n]))
+
+
+def _adds_in_place(node: fx.Node, place: Place) -> bool:
+    """Whether a library call can add a trip's part to the sum, which is then never copied."""
+    if place != "sum" or node.target not in (aten.mm.default, aten.bmm.default):
+        return False
+    dtype = node.meta["val"].dtype
+    return dtype.is_floating_point and _accumulator(dtype) == dtype
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

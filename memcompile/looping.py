@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 
 from torch import fx
 
-from memcompile import region
 from memcompile.contract import Loop
+from memcompile.head import Form, forms
 from memcompile.loop import Looped
 from memcompile.plan import Drafted, Plan
 from memcompile.planner import Planner
@@ -64,19 +64,18 @@ def _round(state: _State, anew: Anew, failed: Failed) -> _State | None:
     step = state.planner.draft.step
     now = _excess(state, state.peak)
     for value in _large_at_peak(state):
-        best: tuple[int, region.Region, list[Loop]] | None = None
+        best: tuple[int, list[Form], list[Loop]] | None = None
         for loops in _by_dim(state.loops, value):
-            found = region.find(step, value, loops[0].dim)
-            if found is None:
-                continue
-            new = _apply(state, found, loops[len(loops) // 2], anew, failed)
-            left = _excess(new, state.peak) if new is not None else now
-            if left < now and (best is None or left < best[0]):
-                best = left, found, loops
+            found = list(forms(step, value, loops[0].dim))
+            for form in found:
+                new = _apply(state, form, loops[len(loops) // 2], anew, failed)
+                left = _excess(new, state.peak) if new is not None else now
+                if left < now and (best is None or left < best[0]):
+                    best = left, found, loops
         if best is None:
             continue
         _, found, loops = best
-        counts = [_apply(state, found, loop, anew, failed) for loop in loops]
+        counts = [_apply(state, form, loop, anew, failed) for form in found for loop in loops]
         made = [new for new in counts if new is not None and new.peak <= state.peak]
         left = min((_excess(new, state.peak) for new in made), default=now)
         if left < ENOUGH * now:
@@ -118,21 +117,21 @@ def _large_at_peak(state: _State) -> Iterator[fx.Node]:
 
 
 def _apply(
-    state: _State, found: region.Region, loop: Loop, anew: Anew, failed: Failed
+    state: _State, form: Form, loop: Loop, anew: Anew, failed: Failed
 ) -> _State | None:
     """The state with one more loop; ``None`` where it cannot be written."""
-    if found.length < loop.chunks:
+    if form.region.length < loop.chunks:
         return None
     try:
-        return _looped(state, found, loop, anew)
+        return _looped(state, form, loop, anew)
     except Exception as error:  # an op that does not stand a smaller shape
         failed(loop, error)
         return None
 
 
-def _looped(state: _State, found: region.Region, loop: Loop, anew: Anew) -> _State:
-    step = state.planner.draft.step
-    module = Looped(step, found, loop.chunks, state.planner.draft.rates).write()
+def _looped(state: _State, form: Form, loop: Loop, anew: Anew) -> _State:
+    step, found = state.planner.draft.step, form.region
+    module = Looped(form.step, found, loop.chunks, state.planner.draft.rates).write()
     planner, loops = anew(module, state.planner)
     kept = {node.name for node in state.drafted.plan.kept}
     new = planner.draft.step

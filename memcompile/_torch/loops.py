@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+from torch._inductor.lowering import lowerings, make_fallback
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
@@ -25,6 +26,9 @@ __all__ = [
     "OpSchema",
     "PythonWrapperCodegen",
     "TensorMeta",
+    "lower_added_products",
+    "lowerings",
+    "make_fallback",
     "propagate",
     "released_loops",
 ]
@@ -105,6 +109,16 @@ def _specs(values: Any) -> list[DTensorSpec]:
     if isinstance(values, (list, tuple)):
         return [spec for value in values for spec in _specs(value)]
     return []
+
+
+def lower_added_products() -> None:
+    """Have Inductor lower ``addmm_`` and ``baddbmm_``, which its own graphs never hold.
+
+    Left to itself it would first make every transposed operand contiguous, in a backward.
+    """
+    for op in (torch.ops.aten.addmm_.default, torch.ops.aten.baddbmm_.default):
+        if op not in lowerings:
+            make_fallback(op, warn=False, override_decomp=True)
 
 
 @contextlib.contextmanager
