@@ -197,15 +197,18 @@ def _is_nothing(value: Any) -> bool:
     return name in through and _is_nothing(value.args[0])
 
 
+_UNARY = frozenset(
+    """
+    neg sum mean clone alias convert_element_type view _unsafe_view reshape expand permute t
+    transpose squeeze unsqueeze slice select flip roll
+    """.split()  # noqa: SIM905
+)
+
 Rule = Callable[[fx.Node, set[fx.Node]], bool]
 
 #: Ops by name, and in what they are linear. Nothing else is taken to be.
 LINEAR: dict[str, Rule] = {
-    **dict.fromkeys(
-        """neg view _unsafe_view reshape expand permute t transpose squeeze unsqueeze slice select
-        alias clone convert_element_type sum mean flip roll""".split(),
-        _one,
-    ),
+    **dict.fromkeys(_UNARY, _one),
     "mul": _product,
     "mm": _product,
     "bmm": _product,

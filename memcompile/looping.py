@@ -116,9 +116,7 @@ def _large_at_peak(state: _State) -> Iterator[fx.Node]:
     yield from nodes[:WIDEST]
 
 
-def _apply(
-    state: _State, form: Form, loop: Loop, anew: Anew, failed: Failed
-) -> _State | None:
+def _apply(state: _State, form: Form, loop: Loop, anew: Anew, failed: Failed) -> _State | None:
     """The state with one more loop; ``None`` where it cannot be written."""
     if form.region.length < loop.chunks:
         return None
