@@ -80,7 +80,7 @@ def _forbids_overwriting(scheduler: Any, one: Any, two: Any) -> bool:
         if buffer is None or _shape(buffer) not in written:
             continue
         for user in buffer.users:
-            above = getattr(user.node, "ancestors", frozenset())
+            above: set[str] = getattr(user.node, "ancestors", set())
             if user.node.get_name() not in ours | theirs and ours & above and not theirs & above:
                 return True
     return False
