@@ -67,7 +67,7 @@ class Compiler:
         self.options, self.pipeline, self.lowering = options, pipeline, lowering
         self.held = held
         self.notes: list[str] = []
-        self.looped: tuple[Step, tuple[LoopRow, ...]] | None = None  #: the last step with loops
+        self.looped: dict[Step, tuple[LoopRow, ...]] = {}  #: the last step with loops, in forms
         self.pooled = True  #: whether Inductor may hold buffers for later ones of their size
         self.prompt = False  #: whether kernels are kept from waiting for others' calls
         self.planner: Planner | None = None  #: of the last training step, to plan it anew
@@ -151,11 +151,8 @@ class Compiler:
         plain = planner.ladder
         self._note(unseeded(loops))
         found = with_loops(planner, plain.floor.plan, loops, self._anew, self._loop_failed)
-        if found is None:
-            return plain
-        looped, rows = found
-        self.looped = looped.draft.step, rows
-        return _merged(plain, looped.build())
+        self.looped = {looped.draft.step: rows for looped, rows in found}
+        return _merged(plain, *(looped.build() for looped, _ in found))
 
     def _loop_failed(self, loop: Loop, error: Exception) -> None:
         """A loop that cannot be made is left out, and said to be."""
@@ -172,7 +169,7 @@ class Compiler:
 
     def _loops(self, chosen: Tried) -> tuple[LoopRow, ...]:
         """The loops of what was chosen."""
-        return self.looped[1] if self.looped and self.looped[0] is chosen.step else ()
+        return self.looped.get(chosen.step, ())
 
     def _anew(self, module: fx.GraphModule, planner: Planner) -> tuple[Planner, list[Loop]]:
         """The planner of a step whose graph has got loops; what was kept is named alike."""
@@ -317,16 +314,15 @@ class Compiler:
         nothing = Plan(frozenset())
         base = Planner(self._draft(step, frozenset()), nothing, [])
         self._note(unseeded(loops))
-        found = with_loops(base, nothing, loops, self._anew, self._loop_failed)
-        if found is None:
-            return Ladder()
-        looped, rows = found
-        inner = looped.draft.step
-        from_here = _late_from(inner, looped.drafted(nothing))
-        late = Step(inner.module, inner.num_outputs, late_from=from_here)
-        self.looped = late, rows
-        proposals, _ = _sorted(self.pipeline.offers(late, again=True))
-        return self._whole_planner(late, proposals).build()
+        self.looped, ladders = {}, []
+        for looped, rows in with_loops(base, nothing, loops, self._anew, self._loop_failed):
+            inner = looped.draft.step
+            from_here = _late_from(inner, looped.drafted(nothing))
+            late = Step(inner.module, inner.num_outputs, late_from=from_here)
+            self.looped[late] = rows
+            proposals, _ = _sorted(self.pipeline.offers(late, again=True))
+            ladders.append(self._whole_planner(late, proposals).build())
+        return _merged(*ladders)
 
     def _whole_planner(self, step: Step, proposals: list[Proposal]) -> Planner:
         draft = self._draft(step, frozenset(p.value for p in proposals if p.rebuild is None))
@@ -334,11 +330,12 @@ class Compiler:
         return Planner(draft, Plan(kept), proposals)
 
 
-def _merged(one: Ladder, other: Ladder) -> Ladder:
-    """The rungs of both that none beats."""
+def _merged(*ladders: Ladder) -> Ladder:
+    """The rungs of all that none beats."""
     merged = Ladder()
-    for rung in (*one.rungs, *other.rungs):
-        merged.offer(rung)
+    for ladder in ladders:
+        for rung in ladder.rungs:
+            merged.offer(rung)
     return merged
 
 

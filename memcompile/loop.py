@@ -17,40 +17,24 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from memcompile import _torch
-from memcompile._torch.draws import draw_part
+from memcompile._torch.loops import lower_added_products
 from memcompile.analysis import ops as op_kinds
 from memcompile.analysis.cost import Rates, node_seconds
-from memcompile.analysis.flow import Place
 from memcompile.analysis.timeline import Kind, Op, simulate
+from memcompile.body import (
+    ADDED_IN_PLACE,
+    START,
+    Body,
+    Trips,
+    accumulator,
+    adds_in_place,
+    given,
+    trips,
+)
 from memcompile.region import Part, Region
-from memcompile.step import Step, hint, tensors
+from memcompile.step import Step, hint, must_save
 
 aten = torch.ops.aten
-
-#: Which argument of an op is the shape of what it returns.
-SHAPE_AT = {"view": 1, "_unsafe_view": 1, "reshape": 1, "expand": 1, "full": 0}
-
-#: Random draws: of one seed in every trip, each trip its own part of the whole.
-DRAWS = frozenset({"inductor_random", "inductor_randint"})
-
-#: What a sum, maximum or minimum starts from.
-START = {"sum": 0.0, "max": float("-inf"), "min": float("inf")}
-
-
-@dataclasses.dataclass(frozen=True)
-class Trips:
-    """So many chunks of one size, from ``start`` on; in elements of the sliced dimension."""
-
-    start: int
-    count: int
-    size: int
-
-
-def trips(length: int, chunks: int) -> list[Trips]:
-    """Chunks of equal size, and one shorter one where they do not come out even."""
-    size = -(-length // chunks)
-    count, rest = divmod(length, size)
-    return [Trips(0, count, size)] + ([Trips(count * size, 1, rest)] if rest else [])
 
 
 class Looped:
@@ -77,6 +61,7 @@ class Looped:
 
     def write(self) -> fx.GraphModule:
         """The new joint graph; its outputs and placeholders are those of the old one."""
+        lower_added_products()
         last = {id(part): part.nodes[-1] for part in self.part_of.values()}
         for node in self.step.nodes:
             part = self.part_of.get(node)
@@ -112,15 +97,17 @@ class Looped:
         if id(part) in self.done:
             return
         self.done.add(id(part))
-        inputs = [n for n in part.inputs if not _is_scalar(n)]
-        given = [self._emit(n) for n in inputs]
+        inputs = given(part)
+        read = [self._emit(n) for n in inputs]
         buffers = [self._buffer(n) for n in part.outputs]
         for run in self.runs:
             for buffer in buffers:
                 buffer.meta["buffer"] = True
-            buffers = self._while(part, run, inputs, given, buffers)
+            buffers = self._while(part, run, inputs, read, buffers)
         for node, buffer in zip(part.outputs, buffers, strict=True):
-            self.env[node] = self._finished(node, buffer)
+            new = self.env[node] = self._finished(node, buffer)
+            if must_save(node):
+                new.meta["recompute"] = node.meta["recompute"]
 
     # -- around a loop --------------------------------------------------------------------
 
@@ -150,7 +137,7 @@ class Looped:
         value, place = node.meta["val"], self.region.places[node]
         dtype, fill = value.dtype, 0.0
         if isinstance(place, str):
-            dtype, fill = _accumulator(dtype), START[place]
+            dtype, fill = accumulator(dtype), START[place]
             if not dtype.is_floating_point and place != "sum":
                 info = torch.iinfo(dtype)
                 fill = info.min if place == "max" else info.max
@@ -182,7 +169,7 @@ class Looped:
         part: Part,
         run: Trips,
         inputs: list[fx.Node],
-        given: list[fx.Node],
+        read: list[fx.Node],
         buffers: list[fx.Node],
     ) -> list[fx.Node]:
         like = part.nodes[-1]
@@ -195,15 +182,15 @@ class Looped:
         counter = self._call(aten.full.default, ([], 0), options, like)
         counter.meta["buffer"] = True
         carried = (counter, *buffers)
-        values = [n.meta["val"] for n in (*carried, *given)]
-        body = self._trace(_Body(self, part, run, inputs).run, values)
+        values = [n.meta["val"] for n in (*carried, *read)]
+        body = _returning_buffers(self._trace(Body(self.region, part, run, inputs).run, values))
         cond = self._trace(lambda i, *rest: aten.lt.Scalar(i, run.count), values)
         number = len(self.bodies) // 2
         names = [self._name(f"loop_cond_{number}"), self._name(f"loop_body_{number}")]
         self.bodies[names[0]], self.bodies[names[1]] = cond, body
         functions = [self.graph.get_attr(name) for name in names]
         loop = self.graph.call_function(
-            torch.ops.higher_order.while_loop, (*functions, carried, tuple(given))
+            torch.ops.higher_order.while_loop, (*functions, carried, tuple(read))
         )
         loop.meta["val"] = tuple(n.meta["val"] for n in carried)
         loop.meta["loop"] = self._cost(part, run)
@@ -237,7 +224,7 @@ class Looped:
         place: dict[fx.Node, int] = {}
         ops: list[Op] = []
         written = set(part.outputs)
-        for node in (*part.inputs, *part.nodes):
+        for node in (*given(part), *part.nodes):
             root = self.step.roots[node]
             if root is not node and root in place:
                 place[node] = place[root]
@@ -255,6 +242,8 @@ class Looped:
             seconds = node_seconds(node, self.rates, materialised=False) * share
             several = isinstance(node.meta.get("val"), (list, tuple))
             own = 0 if several or (node in written and sliced) else size
+            if node in written and adds_in_place(node, self.region.places[node]):
+                own, seconds = 0, max(seconds, 2 * size / self.rates.memory)
             name, kind = op_kinds.op_name(node), op_kinds.classify(node)
             heavy, drawn = name in op_kinds.HEAVY, name in op_kinds.DRAWN
             ops.append(Op(node, kind, reads, own, seconds, heavy, drawn))
@@ -276,94 +265,13 @@ class LoopCost:
     seconds: float  #: of all its trips
 
 
-class _Body:
-    """What one trip computes, called under tracing."""
-
-    def __init__(self, looped: Looped, part: Part, run: Trips, inputs: list[fx.Node]) -> None:
-        self.region, self.part, self.run_, self.inputs = looped.region, part, run, inputs
-
-    def run(self, counter: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        number = len(self.part.outputs)
-        buffers, given = rest[:number], rest[number:]
-        self.at = counter.item()
-        whole = dict(zip(self.inputs, given, strict=True))
-        slices = {
-            (node, place): self._slice(value, place)
-            for node, value in whole.items()
-            for place in self.part.inputs[node]
-        }
-        env: dict[fx.Node, Any] = {}
-        for node in self.part.nodes:
-            env[node] = self._compute(node, env, slices)
-        for node, buffer in zip(self.part.outputs, buffers, strict=True):
-            self._store(buffer, self.region.places[node], env[node])
-        return (aten.add.Tensor(counter, 1), *buffers)
-
-    def _slice(self, value: torch.Tensor, place: Place) -> torch.Tensor:
-        """This trip's part of a tensor, as a view."""
-        if not isinstance(place, int):
-            return value
-        run = self.run_
-        unit = int(value.shape[place]) // self.region.length
-        size = run.size * unit
-        shape = list(value.shape)
-        if run.count * size != shape[place]:
-            start = run.start * unit
-            value = aten.slice.Tensor(value, place, start, start + run.count * size)
-        parts = [*shape[:place], run.count, size, *shape[place + 1 :]]
-        return aten.select.int(aten.view.default(value, parts), place, self.at)
-
-    def _compute(self, node: fx.Node, env: dict[fx.Node, Any], slices: dict[Any, Any]) -> Any:
-        if node.target is operator.getitem:
-            return env[node.args[0]][node.args[1]]
-        places = iter(self.region.reads[node])
-
-        def read(argument: fx.Node) -> Any:
-            if not tensors(argument):
-                raise AssertionError("symbolic sizes do not enter a region")
-            place = next(places)
-            if argument in env:
-                return env[argument]
-            if _is_scalar(argument):
-                return argument.target(*argument.args, **argument.kwargs)
-            return slices[argument, place]
-
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), read)
-        name = op_kinds.op_name(node)
-        if name in DRAWS and isinstance(dim := self.region.places[node], int):
-            unit = node.meta["val"].shape[dim] // self.region.length
-            start = (self.run_.start + self.at * self.run_.size) * unit
-            return draw_part(name, args, dim, start, self.run_.size * unit)
-        at = SHAPE_AT.get(name)
-        if at is not None:
-            args = (*args[:at], self._local_shape(node), *args[at + 1 :])
-        return node.target(*args, **kwargs)
-
-    def _local_shape(self, node: fx.Node) -> list[int]:
-        shape = list(node.meta["val"].shape)
-        place = self.region.places[node]
-        if isinstance(place, int):
-            shape[place] = shape[place] // self.region.length * self.run_.size
-        return shape
-
-    def _store(self, buffer: torch.Tensor, place: Place, value: torch.Tensor) -> None:
-        if isinstance(place, int):
-            aten.copy_.default(self._slice(buffer, place), value)
-        elif place == "sum":
-            aten.copy_.default(buffer, aten.add.Tensor(buffer, value))
-        elif place == "max":
-            aten.copy_.default(buffer, aten.maximum.default(buffer, value))
-        else:
-            aten.copy_.default(buffer, aten.minimum.default(buffer, value))
-
-
-def _is_scalar(node: fx.Node) -> bool:
-    """A constant without dimensions: made anew inside the body, where it folds away."""
-    return node.target is aten.full.default and node.args[0] == []
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+def _returning_buffers(body: fx.GraphModule) -> fx.GraphModule:
+    """The body returns the buffers it was given, not what wrote into them: they are the same."""
+    (output,) = body.graph.find_nodes(op="output")
+    written = {n: n.args[0] for n in body.graph.nodes if n.target in ADDED_IN_PLACE.values()}
+    output.args = fx.node.map_arg(output.args, lambda n: written.get(n, n))
+    body.recompile()
+    return body
 
 
 def _allow_scalar_outputs(mode: Any) -> None:

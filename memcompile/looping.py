@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 
 from torch import fx
 
-from memcompile import region
 from memcompile.analysis.ops import is_random, op_name
 from memcompile.contract import Loop
+from memcompile.head import Form, forms
 from memcompile.loop import Looped
 from memcompile.plan import Drafted, Plan
 from memcompile.planner import Planner
@@ -26,6 +26,8 @@ from memcompile.step import source_line
 ROUNDS, WIDEST = 24, 4
 #: What stands above this share of the peak is to be lowered, to this share of itself a round.
 HIGH, ENOUGH = 0.75, 0.95
+#: With more chunks: what stands above this share of the peak before any loop.
+LOW = 0.25
 
 
 @dataclasses.dataclass
@@ -40,6 +42,14 @@ class _State:
         return self.drafted.peak
 
 
+@dataclasses.dataclass(frozen=True)
+class _Over:
+    """What a loop was put over."""
+
+    value: str
+    dim: int
+
+
 #: A looped graph made into a step again: its planner, and the loops offered on it.
 Anew = Callable[[fx.GraphModule, Planner], tuple[Planner, list[Loop]]]
 
@@ -50,15 +60,23 @@ Failed = Callable[[Loop, Exception], None]
 
 def with_loops(
     planner: Planner, plan: Plan, loops: list[Loop], anew: Anew, failed: Failed
-) -> tuple[Planner, tuple[LoopRow, ...]] | None:
-    """The step with the loops that lower its peak under ``plan``; ``None`` where none does."""
-    state = _State(planner, loops, planner.drafted(plan), ())
+) -> list[tuple[Planner, tuple[LoopRow, ...]]]:
+    """The step with the loops that lower its peak under ``plan``, as few chunks as will do.
+
+    The same loops with as many chunks as it takes to go lower come second, where that differs.
+    Nothing where no loop helps.
+    """
+    start = state = _State(planner, loops, planner.drafted(plan), ())
+    taken: list[_Over] = []
     for _ in range(ROUNDS):
-        better = _round(state, anew, failed)
-        if better is None:
+        found = _round(state, anew, failed)
+        if found is None:
             break
-        state = better
-    return (state.planner, state.rows) if state.rows else None
+        over, state = found
+        taken.append(over)
+    deeper = _replayed(start, taken, anew, failed)
+    states = [state] if _chunks(deeper) == _chunks(state) else [state, deeper]
+    return [(s.planner, s.rows) for s in states if s.rows]
 
 
 def unseeded(loops: list[Loop]) -> str | None:
@@ -76,30 +94,64 @@ def unseeded(loops: list[Loop]) -> str | None:
     return None
 
 
-def _round(state: _State, anew: Anew, failed: Failed) -> _State | None:
+def _chunks(state: _State) -> list[int]:
+    return [row.chunks for row in state.rows]
+
+
+def _round(state: _State, anew: Anew, failed: Failed) -> tuple[_Over, _State] | None:
     """The best loop over what is alive at the peak: its dimension first, then its count."""
     step = state.planner.draft.step
-    now = _excess(state, state.peak)
+    now = _excess(state, state, HIGH)
     for value in _large_at_peak(state):
-        best: tuple[int, region.Region, list[Loop]] | None = None
+        best: tuple[int, list[Form], list[Loop]] | None = None
         for loops in _by_dim(state.loops, value):
-            found = region.find(step, value, loops[0].dim)
-            if found is None:
-                continue
-            new = _apply(state, found, loops[len(loops) // 2], anew, failed)
-            left = _excess(new, state.peak) if new is not None else now
-            if left < now and (best is None or left < best[0]):
-                best = left, found, loops
+            found = list(forms(step, value, loops[0].dim))
+            for form in found:
+                new = _apply(state, form, loops[len(loops) // 2], anew, failed)
+                left = _excess(new, state, HIGH) if new is not None else now
+                if left < now and (best is None or left < best[0]):
+                    best = left, found, loops
         if best is None:
             continue
         _, found, loops = best
-        counts = [_apply(state, found, loop, anew, failed) for loop in loops]
-        made = [new for new in counts if new is not None and new.peak <= state.peak]
-        left = min((_excess(new, state.peak) for new in made), default=now)
-        if left < ENOUGH * now:
-            close = [n for n in made if _excess(n, state.peak) <= left + (now - left) // 20]
-            return min(close, key=lambda new: new.drafted.seconds)
+        chosen = _cheapest(state, state, HIGH, found, loops, anew, failed)
+        if chosen is not None:
+            return _Over(value.name, loops[0].dim), chosen
     return None
+
+
+def _replayed(start: _State, taken: list[_Over], anew: Anew, failed: Failed) -> _State:
+    """The loops that were taken, with chunks enough for the lower line."""
+    state = start
+    for over in taken:
+        values = [n for n in state.planner.draft.step.nodes if n.name == over.value]
+        for loops in _by_dim(state.loops, values[0]) if values else []:
+            if loops[0].dim == over.dim:
+                found = list(forms(state.planner.draft.step, values[0], over.dim))
+                state = _cheapest(state, start, LOW, found, loops, anew, failed) or state
+    return state
+
+
+def _cheapest(
+    state: _State,
+    start: _State,
+    share: float,
+    found: list[Form],
+    loops: list[Loop],
+    anew: Anew,
+    failed: Failed,
+) -> _State | None:
+    """The quickest of the forms and counts that leave about as little as any."""
+    now = _excess(state, start, share)
+    tried = [_apply(state, form, loop, anew, failed) for form in found for loop in loops]
+    made = [new for new in tried if new is not None and new.peak <= state.peak]
+    lefts = [_excess(new, start, share) for new in made]
+    if not made or min(lefts) >= ENOUGH * now:
+        return None
+    # Of all that loops gain at first; later, of what it matters how many chunks there are.
+    about = (now - min(lefts)) // 20 if share == HIGH else (max(lefts) - min(lefts)) // 3
+    close = [n for n, left in zip(made, lefts, strict=True) if left <= min(lefts) + about]
+    return min(close, key=lambda new: new.drafted.seconds)
 
 
 def _by_dim(loops: list[Loop], value: fx.Node) -> list[list[Loop]]:
@@ -111,13 +163,13 @@ def _by_dim(loops: list[Loop], value: fx.Node) -> list[list[Loop]]:
     return [sorted(same, key=lambda loop: loop.chunks) for same in found.values()]
 
 
-def _excess(state: _State, peak: int) -> int:
-    """How much the step rises above ``HIGH`` of ``peak``, summed over its moments.
+def _excess(state: _State, start: _State, share: float) -> int:
+    """How much the step rises above ``share`` of what it was, summed over its moments.
 
     Layers that are alike have peaks that are alike: one loop lowers one of them.
     """
     before = state.planner.draft.before
-    line = before + int(HIGH * (peak - before))
+    line = before + int(share * (start.peak - before))
     drafted = state.drafted
     moments = (*drafted.forward.live, *drafted.backward.live)
     return sum(live - line for live in moments if live > line)
@@ -134,22 +186,20 @@ def _large_at_peak(state: _State) -> Iterator[fx.Node]:
     yield from nodes[:WIDEST]
 
 
-def _apply(
-    state: _State, found: region.Region, loop: Loop, anew: Anew, failed: Failed
-) -> _State | None:
+def _apply(state: _State, form: Form, loop: Loop, anew: Anew, failed: Failed) -> _State | None:
     """The state with one more loop; ``None`` where it cannot be written."""
-    if found.length < loop.chunks:
+    if form.region.length < loop.chunks:
         return None
     try:
-        return _looped(state, found, loop, anew)
+        return _looped(state, form, loop, anew)
     except Exception as error:  # an op that does not stand a smaller shape
         failed(loop, error)
         return None
 
 
-def _looped(state: _State, found: region.Region, loop: Loop, anew: Anew) -> _State:
-    step = state.planner.draft.step
-    module = Looped(step, found, loop.chunks, state.planner.draft.rates).write()
+def _looped(state: _State, form: Form, loop: Loop, anew: Anew) -> _State:
+    step, found = state.planner.draft.step, form.region
+    module = Looped(form.step, found, loop.chunks, state.planner.draft.rates).write()
     planner, loops = anew(module, state.planner)
     kept = {node.name for node in state.drafted.plan.kept}
     new = planner.draft.step

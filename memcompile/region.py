@@ -242,9 +242,7 @@ def assemble(
     return dataclasses.replace(region, early=one, late=other)
 
 
-def _length(
-    places: dict[fx.Node, Place], reads: dict[fx.Node, tuple[Place, ...]]
-) -> int | None:
+def _length(places: dict[fx.Node, Place], reads: dict[fx.Node, tuple[Place, ...]]) -> int | None:
     """Of the shortest sliced dimension; a longer one must hold it a whole number of times."""
     sizes: set[int] = set()
     for node, given in reads.items():

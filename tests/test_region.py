@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from memcompile import Step, region
 from memcompile._torch import select_decomp_table
-from memcompile.loop import trips
+from memcompile.body import trips
 
 
 def joint(forward: Callable[..., torch.Tensor], *shapes: tuple[int, ...]) -> Step:

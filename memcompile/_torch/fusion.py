@@ -19,6 +19,9 @@ from memcompile._torch import sizevar_hint
 
 __all__ = ["CppScheduling", "V", "prompt_kernels"]
 
+#: How the graphs of loops' bodies are named.
+BODY = "loop_body"
+
 
 @contextlib.contextmanager
 def prompt_kernels(held: float) -> Iterator[None]:
@@ -46,7 +49,7 @@ def prompt_kernels(held: float) -> Iterator[None]:
     class Prompt(base):  # a user's own heuristics stay in force
         @staticmethod
         def can_fuse_vertical(scheduler: Any, one: Any, two: Any, score: int) -> bool:
-            if _delays(scheduler, one, two):
+            if _delays(scheduler, one, two) or _forbids_overwriting(scheduler, one, two):
                 return False
             return bool(base.can_fuse_vertical(scheduler, one, two, score))
 
@@ -96,6 +99,33 @@ def _delays(scheduler: Any, one: Any, two: Any) -> bool:
         if node is not None and node.is_extern() and node.min_order > early.min_order:
             return True
     return False
+
+
+def _forbids_overwriting(scheduler: Any, one: Any, two: Any) -> bool:
+    """Whether fusing the two keeps the later from writing over what it reads, in a loop's body.
+
+    It does where a third kernel reads that too and waits for the earlier one alone: it would
+    come after both. (A loss reads one logit a row, by their sum, before their gradient is made.)
+    """
+    if not (V.graph.name or "").startswith(BODY):
+        return False
+    early, late = (one, two) if one.min_order <= two.min_order else (two, one)
+    ours, theirs = set(early.get_operation_names()), set(late.get_operation_names())
+    written = {_shape(buffer) for buffer in late.get_outputs()}
+    for read in late.read_writes.reads:
+        buffer = scheduler.name_to_buf.get(read.name)
+        if buffer is None or _shape(buffer) not in written:
+            continue
+        for user in buffer.users:
+            above: set[str] = getattr(user.node, "ancestors", set())
+            if user.node.get_name() not in ours | theirs and ours & above and not theirs & above:
+                return True
+    return False
+
+
+def _shape(buffer: Any) -> tuple[Any, ...]:
+    node = buffer.node
+    return (node.get_dtype(), *node.get_size()) if node.maybe_get_size() is not None else ()
 
 
 def _calls(scheduler: Any) -> list[int]:

@@ -13,7 +13,10 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch._higher_order_ops import utils as hop_utils
+from torch._higher_order_ops.utils import check_input_alias_and_mutation
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+from torch._inductor.lowering import lowerings, make_fallback
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
@@ -25,6 +28,11 @@ __all__ = [
     "OpSchema",
     "PythonWrapperCodegen",
     "TensorMeta",
+    "check_input_alias_and_mutation",
+    "hop_utils",
+    "lower_added_products",
+    "lowerings",
+    "make_fallback",
     "propagate",
     "released_loops",
 ]
@@ -107,12 +115,23 @@ def _specs(values: Any) -> list[DTensorSpec]:
     return []
 
 
+def lower_added_products() -> None:
+    """Have Inductor lower ``addmm_`` and ``baddbmm_``, which its own graphs never hold.
+
+    Left to itself it would first make every transposed operand contiguous, in a backward.
+    """
+    for op in (torch.ops.aten.addmm_.default, torch.ops.aten.baddbmm_.default):
+        if op not in lowerings:
+            make_fallback(op, warn=False, override_decomp=True)
+
+
 @contextlib.contextmanager
 def released_loops() -> Iterator[None]:
     """Within the block, a lowered loop lets go of the buffers it carried when it is over.
 
     Inductor's wrapper keeps them in a list to the end of the call, whatever is freed. Ours
-    are written in place: what reads them reads the buffers, never the list.
+    are written in place: what reads them reads the buffers, never the list. It also takes the
+    order in which a body writes to its buffers for the order in which they are carried.
     """
     original = PythonWrapperCodegen.codegen_while_loop
 
@@ -121,5 +140,12 @@ def released_loops() -> Iterator[None]:
         if not stack_output:
             self.writeline(f"del {while_loop.get_name()}")
 
-    with mock.patch.object(PythonWrapperCodegen, "codegen_while_loop", codegen_while_loop):
+    def carried_in_order(module: Any, values: Any) -> Any:
+        *others, written = check_input_alias_and_mutation(module, values)
+        return *others, sorted(set(written))
+
+    with (
+        mock.patch.object(PythonWrapperCodegen, "codegen_while_loop", codegen_while_loop),
+        mock.patch.object(hop_utils, "check_input_alias_and_mutation", carried_in_order),
+    ):
         yield

@@ -16,7 +16,7 @@ from memcompile.contract import Context, Exactness, Loop, Proposer
 from memcompile.step import Step
 
 #: Chunk counts offered, as far as ``max_chunks`` goes.
-COUNTS = (4, 16, 64)
+COUNTS = (4, 12, 64)
 
 
 @dataclasses.dataclass(frozen=True)
