@@ -57,7 +57,8 @@ class Looped:
         self.done: set[int] = set()
         for part in (region.late, region.early):
             if part is not None:
-                self.part_of.update(dict.fromkeys(part.nodes, part))
+                moved = [node for node in part.nodes if node not in region.again]
+                self.part_of.update(dict.fromkeys(moved, part))
 
     def write(self) -> fx.GraphModule:
         """The new joint graph; its outputs and placeholders are those of the old one."""
