@@ -19,7 +19,7 @@ from torch import fx
 
 from memcompile import _torch, live, scratch, sizes, store
 from memcompile._torch.fusion import prompt_kernels
-from memcompile._torch.loops import released_loops
+from memcompile._torch.loops import cached_loops, released_loops
 from memcompile._torch.pieces import any_fake
 from memcompile.analysis.cost import calibrate
 from memcompile.compiler import Compiler, Outcome
@@ -167,7 +167,7 @@ class _Job:
             self._file(explained, "inference")
         patches = {} if self.compiler.pooled else {"allow_buffer_reuse": False}
         fusion = prompt_kernels() if self.compiler.prompt else contextlib.nullcontext()
-        with _torch.inductor_config.patch(patches), released_loops(), fusion:
+        with _torch.inductor_config.patch(patches), released_loops(), cached_loops(gm), fusion:
             return _torch.compile_fx_inner(gm, example_inputs, **kwargs)
 
     def _eager(self) -> Callable[..., Any]:
