@@ -45,6 +45,21 @@ def test_a_step_in_loops_is_the_step(name: str) -> None:
         assert row.value and row.dim >= 0 and row.source.startswith("chunk_subjects.py:")
 
 
+def test_a_report_says_which_nodes_are_the_loops_of_a_region() -> None:
+    make, given_ = SUBJECTS["attention, longer"]
+    report = looped(make(), given_())
+    points = {point.node: point for point in report.timeline_after}
+    for row in report.loops:
+        sides = {points[node].side for node in row.at}
+        assert sides == {"forward", "backward"}
+        # What a trip makes is temporary: at least its part of the value.
+        assert all(
+            points[node].live["temporaries"] >= row.bytes // row.chunks for node in row.at[:1]
+        )
+    at = [node for row in report.loops for node in row.at]
+    assert sorted(at) == sorted(node for node in points if node.startswith("while_loop"))
+
+
 def both(weights: torch.Tensor, x: torch.Tensor) -> Any:
     return weights.softmax(-1), weights.softmax(-1) @ x
 
