@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from memcompile import _torch
 from memcompile._torch.pieces import any_fake, captured_graph
@@ -53,7 +54,7 @@ class _Piece:
 
     graph: _Graph
     shared: dict[Any, int]  #: bytes of its inputs and outputs, by storage
-    alive: list[Any]  #: those storages, so that none of the keys is given to another
+    known: list[StorageWeakRef]  #: to those storages: no key is given anew, no data is kept
 
 
 @dataclasses.dataclass(eq=False)
@@ -209,7 +210,7 @@ def _share(piece: _Piece | None, values: Iterable[Any]) -> None:
         dense = [value for value in values if _is_dense(value)]
         for key, size in _by_storage(dense).items():
             piece.shared[key] = max(size, piece.shared.get(key, 0))
-        piece.alive += [value.untyped_storage() for value in dense]
+        piece.known += [StorageWeakRef(value.untyped_storage()) for value in dense]
 
 
 def _waiting(leaves: Iterable[Any]) -> weakref.ref[Any] | None:
