@@ -24,7 +24,7 @@ from memcompile.analysis.timeline import HELD
 from memcompile.contract import Loop, Proposal
 from memcompile.draft import Draft
 from memcompile.errors import PassError
-from memcompile.explain import Explained, explain
+from memcompile.explain import Explained, explain, number_loops
 from memcompile.ladder import Ladder
 from memcompile.looping import unseeded, with_loops
 from memcompile.lowering import Lowering
@@ -173,6 +173,7 @@ class Compiler:
 
     def _anew(self, module: fx.GraphModule, planner: Planner) -> tuple[Planner, list[Loop]]:
         """The planner of a step whose graph has got loops; what was kept is named alike."""
+        number_loops(module)
         old = planner.draft.step
         static = [place for place, node in enumerate(old.primals) if node in old.static]
         step = Step(module, old.num_outputs, static)

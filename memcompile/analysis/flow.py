@@ -57,6 +57,8 @@ class Rules:
 
         What is given as sliced stays so; what is whole may be asked to be sliced.
         """
+        if node.meta.get("no_loop"):  # a pass has said so
+            return None
         places = tuple(places)
         key = (_signature(node), places)
         if key not in self._answers:
