@@ -55,7 +55,7 @@ def read_node(step: Step, node: fx.Node, rates: Rates, fused: bool) -> Info:
         tuple(inputs),
         kind,
         0 if several or view else step.bytes(node),
-        0.0 if kind == Kind.SOURCE or view else node_seconds(node, rates, materialised=False),
+        0.0 if kind == Kind.SOURCE or view else _seconds(node, rates),
         op_kinds.op_name(node) in op_kinds.HEAVY,
         _is_drawn(node, fused),
         reshaped=frozenset(k for k, root in enumerate(inputs) if root not in straight),
@@ -72,6 +72,14 @@ def read_fragment(step: Step, node: fx.Node, rates: Rates, fused: bool) -> Info:
         op_kinds.op_name(node) in op_kinds.HEAVY,
         _is_drawn(node, fused),
     )
+
+
+def _seconds(node: fx.Node, rates: Rates) -> float:
+    """Seconds of the node's arithmetic, noted on it: copies of a graph are drafted many times."""
+    noted = node.meta.get("seconds")
+    if noted is None or noted[0] is not rates:
+        noted = node.meta["seconds"] = rates, node_seconds(node, rates, materialised=False)
+    return float(noted[1])
 
 
 def _is_drawn(node: fx.Node, fused: bool) -> bool:

@@ -75,10 +75,9 @@ class Looped:
                 self._loop(part)
         for name, body in self.bodies.items():
             setattr(self.step.module, name, body)
+        self.graph.eliminate_dead_code()
         module = fx.GraphModule(self.step.module, self.graph)
         module.meta.update(self.step.module.meta)
-        module.graph.eliminate_dead_code()
-        module.recompile()
         return module
 
     def _emit(self, node: fx.Node) -> fx.Node:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import fx
 
@@ -42,7 +43,11 @@ class _Aim:
 
 
 #: As few chunks as will do; as many as make much of a difference; whatever leaves least.
-SHALLOW, DEEPER, DEEPEST = _Aim(0.75, 0.05), _Aim(0.25, 0.33, spread=True), _Aim(0.1, 0.0)
+SHALLOW, DEEPER, DEEPEST = (
+    _Aim(0.75, 0.05),
+    _Aim(0.25, 0.33, spread=True),
+    _Aim(0.1, 0.05, spread=True),
+)
 
 
 @dataclasses.dataclass
@@ -73,7 +78,6 @@ class _Over:
 #: A looped graph made into a step again: its planner, and the loops offered on it.
 Anew = Callable[[fx.GraphModule, Planner], tuple[Planner, list[Loop]]]
 
-
 #: Told of a loop that could not be written, and why.
 Failed = Callable[[Loop, Exception], None]
 
@@ -86,24 +90,12 @@ def with_loops(
     The same loops made to go lower come after it, where that differs: with chunks as many as
     make much of a difference, and with whatever leaves the least. Nothing where no loop helps.
     """
-    start = _State(planner, loops, planner.drafted(plan), ())
-    state, taken = _rounds(start, SHALLOW, anew, failed)
-    deeper = _replayed(start, taken, DEEPER, anew, failed)
-    deepest, _ = _rounds(start, DEEPEST, anew, failed)
+    search = _Search(_State(planner, loops, planner.drafted(plan), ()), anew, failed)
+    state, taken = search.rounds(SHALLOW)
+    deeper = search.replayed(taken, DEEPER)
+    deepest, _ = search.rounds(DEEPEST)
     states = {each.shape: each for each in (state, deeper, deepest)}
     return [(s.planner, s.rows) for s in states.values() if s.rows]
-
-
-def _rounds(start: _State, aim: _Aim, anew: Anew, failed: Failed) -> tuple[_State, list[_Over]]:
-    """Loop after loop, until none helps."""
-    state, taken = start, []
-    for _ in range(ROUNDS):
-        found = _round(state, aim, anew, failed)
-        if found is None:
-            break
-        over, state = found
-        taken.append(over)
-    return state, taken
 
 
 def unseeded(loops: list[Loop]) -> str | None:
@@ -121,47 +113,85 @@ def unseeded(loops: list[Loop]) -> str | None:
     return None
 
 
-def _round(state: _State, aim: _Aim, anew: Anew, failed: Failed) -> tuple[_Over, _State] | None:
-    """The best loop over what is alive at the peak: its dimension first, then its count."""
-    step = state.planner.draft.step
-    now = _excess(state, state, aim.share)
-    for value in _large_at_peak(state):
-        best: tuple[int, list[Form], list[Loop]] | None = None
-        for loops in _by_dim(state.loops, value):
-            found = list(forms(step, value, loops[0].dim))
-            for new in _tried(state, found, [loops[len(loops) // 2]], anew, failed):
-                left = _excess(new, state, aim.share)
-                if left < now and (best is None or left < best[0]):
-                    best = left, found, loops
-        if best is None:
-            continue
-        _, found, loops = best
-        chosen = _chosen(state, state, aim, _tried(state, found, loops, anew, failed))
-        if chosen is not None:
-            return _Over(value.name, loops[0].dim), chosen
-    return None
+class _Search:
+    """Looks for loops from one state on; what was tried once is not tried again."""
 
+    def __init__(self, start: _State, anew: Anew, failed: Failed) -> None:
+        self.start, self.anew, self.failed = start, anew, failed
+        self.known_forms: dict[Any, list[Form]] = {}
+        self.known: dict[Any, _State | None] = {}
 
-def _replayed(start: _State, taken: list[_Over], aim: _Aim, anew: Anew, failed: Failed) -> _State:
-    """The loops that were taken, chosen by another aim."""
-    state = start
-    for over in taken:
-        step = state.planner.draft.step
-        values = [n for n in step.nodes if n.name == over.value]
-        for loops in _by_dim(state.loops, values[0]) if values else []:
-            if loops[0].dim == over.dim:
-                found = list(forms(step, values[0], over.dim))
-                tried = _tried(state, found, loops, anew, failed)
-                state = _chosen(state, start, aim, tried) or state
-    return state
+    def rounds(self, aim: _Aim) -> tuple[_State, list[_Over]]:
+        """Loop after loop, until none helps."""
+        state, taken = self.start, []
+        for _ in range(ROUNDS):
+            found = self._round(state, aim)
+            if found is None:
+                break
+            over, state = found
+            taken.append(over)
+        return state, taken
 
+    def replayed(self, taken: list[_Over], aim: _Aim) -> _State:
+        """The loops that were taken, chosen by another aim."""
+        state = self.start
+        for over in taken:
+            values = [n for n in state.planner.draft.step.nodes if n.name == over.value]
+            for loops in _by_dim(state.loops, values[0]) if values else []:
+                if loops[0].dim == over.dim:
+                    tried = self._tried(state, self._forms(state, loops[0]), loops)
+                    state = _chosen(state, self.start, aim, tried) or state
+        return state
 
-def _tried(
-    state: _State, found: list[Form], loops: list[Loop], anew: Anew, failed: Failed
-) -> list[_State]:
-    """The state with one more loop, in every form and count that can be written."""
-    made = [_apply(state, form, loop, anew, failed) for form in found for loop in loops]
-    return [new for new in made if new is not None and new.peak <= state.peak]
+    def _round(self, state: _State, aim: _Aim) -> tuple[_Over, _State] | None:
+        """The best loop over what is alive at the peak: its dimension first, then its count."""
+        now = _excess(state, state, aim.share)
+        for value in _large_at_peak(state):
+            best: tuple[int, list[Loop]] | None = None
+            for loops in _by_dim(state.loops, value):
+                for new in self._tried(
+                    state, self._forms(state, loops[0]), [loops[len(loops) // 2]]
+                ):
+                    left = _excess(new, state, aim.share)
+                    if left < now and (best is None or left < best[0]):
+                        best = left, loops
+            if best is None:
+                continue
+            _, loops = best
+            tried = self._tried(state, self._forms(state, loops[0]), loops)
+            chosen = _chosen(state, state, aim, tried)
+            if chosen is not None:
+                return _Over(value.name, loops[0].dim), chosen
+        return None
+
+    def _forms(self, state: _State, loop: Loop) -> list[Form]:
+        key = state.shape, loop.value.name, loop.dim
+        if key not in self.known_forms:
+            step = state.planner.draft.step
+            self.known_forms[key] = list(forms(step, loop.value, loop.dim))
+        return self.known_forms[key]
+
+    def _tried(self, state: _State, found: list[Form], loops: list[Loop]) -> list[_State]:
+        """The state with one more loop, in every form and count that can be written."""
+        made = [
+            self._apply(state, form, number, loop)
+            for number, form in enumerate(found)
+            for loop in loops
+        ]
+        return [new for new in made if new is not None and new.peak <= state.peak]
+
+    def _apply(self, state: _State, form: Form, number: int, loop: Loop) -> _State | None:
+        """The state with one more loop; ``None`` where it cannot be written."""
+        if form.region.length < loop.chunks:
+            return None
+        key = state.shape, loop.value.name, loop.dim, number, loop.chunks
+        if key not in self.known:
+            self.known[key] = None
+            try:
+                self.known[key] = _looped(state, form, loop, self.anew)
+            except Exception as error:  # an op that does not stand a smaller shape
+                self.failed(loop, error)
+        return self.known[key]
 
 
 def _chosen(state: _State, start: _State, aim: _Aim, tried: list[_State]) -> _State | None:
@@ -205,17 +235,6 @@ def _large_at_peak(state: _State) -> Iterator[fx.Node]:
     nodes = [n for n in alive if n in order and n.op == "call_function" and alive[n]]
     nodes.sort(key=lambda n: (-alive[n], order[n]))
     yield from nodes[:WIDEST]
-
-
-def _apply(state: _State, form: Form, loop: Loop, anew: Anew, failed: Failed) -> _State | None:
-    """The state with one more loop; ``None`` where it cannot be written."""
-    if form.region.length < loop.chunks:
-        return None
-    try:
-        return _looped(state, form, loop, anew)
-    except Exception as error:  # an op that does not stand a smaller shape
-        failed(loop, error)
-        return None
 
 
 def _looped(state: _State, form: Form, loop: Loop, anew: Anew) -> _State:

@@ -14,6 +14,7 @@ Segments: Chen et al. 2016, §3; greedy by bytes a second: cf. Kirisame et al. 2
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
 
@@ -64,10 +65,14 @@ class Planner:
                 self.others.setdefault(proposal.value, []).append(proposal)
         self.candidates = [v for v in self.again if draft.info[v].bytes > 0 and v not in bound]
         self.is_candidate = frozenset(self.candidates)
-        self.alike = families(draft.step, draft.info, (*self.again, *self.others))
         self.ladder = Ladder()
         self.seen: dict[object, Drafted] = {}
         self.drafts = 0
+
+    @functools.cached_property
+    def alike(self) -> dict[fx.Node, tuple[fx.Node, ...]]:
+        """For each value that may be rebuilt those in the same place of other blocks."""
+        return families(self.draft.step, self.draft.info, (*self.again, *self.others))
 
     # -- the walks ------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from memcompile.contract import Context, Exactness, Loop, Proposer
 from memcompile.step import Step, module_names
 
 #: Chunk counts offered, as far as ``max_chunks`` goes.
-COUNTS = (4, 12, 64)
+COUNTS = (4, 12, 24, 64)
 
 
 @dataclasses.dataclass(frozen=True)
