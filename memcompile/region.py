@@ -17,8 +17,8 @@ from torch import fx
 from memcompile.analysis.flow import Place, Rules, rules_for, tensor_args
 from memcompile.step import Step, hint, is_view, tensors
 
-#: A value is of the seed's order from this share of its elements on.
-LARGE = 0.5
+#: A value is of the seed's order from this share of its elements on: the first that gives a region.
+LARGE = (0.5, 0.75)
 #: Nodes a region may hold.
 LARGEST = 400
 
@@ -54,8 +54,11 @@ def find(step: Step, seed: fx.Node, dim: int) -> Region | None:
     length = value.shape[dim]
     if not isinstance(length, int) or length < 2:
         return None
-    growth = _Growth(step, seed, dim, rules_for(length))
-    return growth.region() if growth.grow() else None
+    for large in LARGE:
+        growth = _Growth(step, seed, dim, rules_for(length), large)
+        if growth.grow():
+            return growth.region()
+    return None
 
 
 def _needed(nodes: list[fx.Node], outputs: list[fx.Node]) -> list[fx.Node]:
@@ -75,9 +78,9 @@ def _elements(node: fx.Node) -> int:
 
 
 class _Growth:
-    def __init__(self, step: Step, seed: fx.Node, dim: int, rules: Rules) -> None:
+    def __init__(self, step: Step, seed: fx.Node, dim: int, rules: Rules, large: float) -> None:
         self.step, self.seed, self.dim, self.rules = step, seed, dim, rules
-        self.least = LARGE * _elements(step.roots[seed])
+        self.least = large * _elements(step.roots[seed])
         self.places: dict[fx.Node, Place] = {}
         self.reads: dict[fx.Node, tuple[Place, ...]] = {}
 
