@@ -103,13 +103,7 @@ class Measuring:
         self._add(Row("eager", "eager"), lambda: sides.eager(subject, "eager"))
         label = "checkpointed, eager"
         self._add(Row(label, "eager"), lambda: sides.eager(split, label))
-        row = self._add(Row("Inductor", "inductor"), lambda: sides.compiled(subject, "Inductor"))
-        if row.failed:
-            raise RuntimeError(f"{subject.name}: Inductor itself failed: {row.note}")
-        inductor = self.sides["Inductor"]
-        self.found.random = sides.is_random(inductor)
-        if self.plan.float64 and not self.found.random:
-            self.truth = sides.float64(subject)
+        self._inductor()
         self._add(Row(CHECKPOINTED, "peer"), lambda: sides.compiled(split, CHECKPOINTED))
         for budget in self.plan.activation_budgets:
             label = f"activation_memory_budget {budget:g}"
@@ -121,6 +115,16 @@ class Measuring:
                 del self.sides[label]
                 off = row.numbers.difference
                 row.note = f"WRONG gradients, off by {off:.0%} (pytorch #190758): no peer here"
+
+    def _inductor(self) -> None:
+        """Plain Inductor, which the others are compared with; and the exact gradients."""
+        subject = self.subject
+        row = self._add(Row("Inductor", "inductor"), lambda: sides.compiled(subject, "Inductor"))
+        if row.failed:
+            raise RuntimeError(f"{subject.name}: Inductor itself failed: {row.note}")
+        self.found.random = sides.is_random(self.sides["Inductor"])
+        if self.plan.float64 and not self.found.random:
+            self.truth = sides.float64(subject)
 
     def _ours(self) -> None:
         found = self.found
@@ -145,11 +149,13 @@ class Measuring:
                 same = self._memopt(f"memopt at the peak of {peer.label}", "level", peer.peak)
             found.duels.append(Duel(peer.label, same.label, None))
 
-    def _memopt(self, label: str, kind: Kind, budget: int | str | None) -> Row:
+    def _memopt(self, label: str, kind: Kind, budget: int | str | None, passes: str = "") -> Row:
         """One of ours; a ``budget`` in bytes is a step peak."""
         name = f"{self.subject.name} {self.found.scale}: {label}"
         options: dict[str, int | str] = {"name": name}
-        row = Row(label, kind)
+        row = Row(label, kind, passes=passes)
+        if passes:
+            options["passes"] = passes
         if isinstance(budget, int):
             row.budget = budget
             options["budget"] = self.found.before + budget
@@ -159,8 +165,7 @@ class Measuring:
         self._add(row, lambda: sides.compiled(self.subject, label, "memopt", options))
         report = next((r for r in memcompile.reports()[seen:] if r.name == name), None)
         if report is not None:
-            if kind == "free":
-                self.found.before = report.before
+            self.found.before = report.before
             read(report, row)
         return row
 
@@ -203,6 +208,7 @@ def read(report: Report, row: Row) -> None:
     row.lowered = None if report.lowered is None else report.lowered - report.before
     row.added, row.moves = report.seconds, len(report.moves)
     row.planning, row.schedulings = report.planning_seconds, report.schedulings
+    row.loops = len(report.loops)
 
 
 def evenly(highest: int, least: int, count: int) -> list[int]:

@@ -45,7 +45,8 @@ class Numbers:
     loss_difference: float  #: over Inductor's
     difference: float  #: norm of the gradients' difference over the norm of Inductor's
     error: float | None = None  #: error against float64 over Inductor's own, all parameters
-    worst: float | None = None  #: the same, for the worst of the parameters judged
+    relative: float | None = None  #: error against float64 over the gradients' norm
+    worst: float | None = None  #: the same as ``error``, for the worst of the parameters judged
     worst_name: str = ""
     unjudged: tuple[str, ...] = ()  #: gradients under 1e-4 of the largest
 
@@ -64,6 +65,8 @@ class Row:
     floor: int | None = None  #: of the BudgetError, where one was raised
     added: float | None = None  #: predicted seconds on top of Inductor's
     planning: float | None = None  #: seconds
+    compiling: float | None = None  #: seconds of the first step, no kernel on disk
+    loops: int | None = None
     schedulings: int | None = None
     moves: int | None = None
     time: Ratio | None = None  #: over Inductor's
@@ -71,6 +74,7 @@ class Row:
     note: str = ""
     refused: bool = False  #: a BudgetError
     failed: bool = False  #: any other error
+    passes: str = ""  #: as the user names them; "" stands for the defaults
 
     @property
     def lowered_error(self) -> float | None:

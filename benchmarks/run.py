@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache" / "inductor"))
@@ -75,21 +76,27 @@ def write(
     args: argparse.Namespace, place: Where, results: list[Found], verdicts: list[Verdict]
 ) -> None:
     """The files asked for, as far as the run has come."""
-    if args.json:
-        data = {
-            "where": dataclasses.asdict(place),
-            "plan": dataclasses.asdict(args.plan),
-            "subjects": [dataclasses.asdict(found) for found in results],
-            "verdicts": [dataclasses.asdict(verdict) for verdict in verdicts],
-        }
-        args.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    if args.markdown:
-        path = args.markdown
-        if path.suffix != ".md":
-            device = torch.device(args.device).type
-            path = path / f"{place.date}-{device}-{place.torch}.md"
+    data = {
+        "where": dataclasses.asdict(place),
+        "plan": dataclasses.asdict(args.plan),
+        "subjects": [dataclasses.asdict(found) for found in results],
+        "verdicts": [dataclasses.asdict(verdict) for verdict in verdicts],
+    }
+    device = torch.device(args.device).type
+    name = f"{place.date}-{device}-{place.torch}.md"
+    write_files(args.json, data, args.markdown, name, markdown(place, results, verdicts))
+
+
+def write_files(
+    json_file: Path | None, data: dict[str, Any], page: Path | None, name: str, text: str
+) -> None:
+    """``data`` to the one, ``text`` to the other: a ``.md`` file, or ``name`` in a folder."""
+    if json_file:
+        json_file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    if page:
+        path = page if page.suffix == ".md" else page / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(markdown(place, results, verdicts), encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
 
 
 def where(device: str) -> Where:

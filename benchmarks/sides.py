@@ -7,6 +7,7 @@ cache entry for each and no side can be served by what another one compiled.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,6 +17,7 @@ from unittest import mock
 import torch
 import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
+import torch._inductor.metrics as inductor_metrics
 from records import Numbers, Ratio
 from subjects import Subject
 from torch import Tensor, nn
@@ -32,17 +34,23 @@ RESOLUTION = 1e-7
 class Side:
     """One way of running a subject's step."""
 
-    def __init__(self, label: str, subject: Subject, call: Callable[..., Tensor]) -> None:
+    def __init__(self, label: str, subject: Subject, call: Callable[..., Any]) -> None:
         self.label, self.module, self.inputs, self.call = (
             label,
             subject.module,
             subject.inputs,
             call,
         )
-        self.device = self.inputs[0].device
+        self.device, self.training = self.inputs[0].device, subject.training
 
-    def step(self) -> Tensor:
-        """Forward and backward. Gradients must be None: :meth:`clear` first."""
+    def step(self) -> Tensor | tuple[Tensor, ...]:
+        """Forward and backward. Gradients must be None: :meth:`clear` first.
+
+        Returns the loss; where the subject takes no gradient, what its module returns.
+        """
+        if not self.training:
+            with torch.no_grad():
+                return self.call(*self.inputs)
         loss = self.call(*self.inputs)
         loss.backward()
         return loss.detach()
@@ -72,15 +80,26 @@ class Side:
         return peak
 
     def numbers(self, seed: int = 0) -> tuple[Tensor, list[Tensor]]:
-        """Loss and gradients, random ops drawn from ``seed``."""
+        """Loss and gradients, random ops drawn from ``seed``.
+
+        Where no gradient is taken: the sum of the outputs' means, and the outputs.
+        """
         self.clear()
         torch.manual_seed(seed)
         loss = self.step()
+        if isinstance(loss, tuple):
+            return torch.stack([output.mean() for output in loss]).sum(), list(loss)
         gradients = [
             torch.zeros_like(p) if p.grad is None else p.grad for p in self.module.parameters()
         ]
         self.clear()
         return loss, gradients
+
+    def names(self) -> list[str]:
+        """What the tensors of :meth:`numbers` are called, the loss first."""
+        if self.training:
+            return ["loss", *(name for name, _ in self.module.named_parameters())]
+        return ["outputs' means", *(f"output {i}" for i in range(len(self.numbers()[1])))]
 
 
 def eager(subject: Subject, label: str) -> Side:
@@ -100,7 +119,7 @@ def compiled(
     Raises:
         memcompile.BudgetError: ``options["budget"]`` cannot be met.
     """
-    own = Subject(subject.name, copy.deepcopy(subject.module), subject.inputs, [])
+    own = dataclasses.replace(subject, module=copy.deepcopy(subject.module), blocks=[])
     call = torch.compile(
         own_code(own.module), backend=backend, options=options, fullgraph=True, dynamic=False
     )
@@ -114,10 +133,30 @@ def compiled(
     return side
 
 
-def own_code(module: nn.Module) -> Callable[..., Tensor]:
+class DoesNotApply(Exception):
+    """A way of compiling that changes nothing of the subject."""
+
+
+def auto_chunked(subject: Subject, label: str, amplify: int = 8) -> Side:
+    """Inductor's own chunking, which starts from a matrix product that is large.
+
+    ``amplify`` is how many times as large as what it reads; 8 is Inductor's default.
+
+    Raises:
+        DoesNotApply: no such product, or what hangs on it cannot be chunked.
+    """
+    before = inductor_metrics.num_auto_chunking
+    options = {"auto_chunker.enable": True, "auto_chunker.amplify_ratio_threshold": amplify}
+    side = compiled(subject, label, options=options)
+    if inductor_metrics.num_auto_chunking == before:
+        raise DoesNotApply("auto_chunker found nothing it can chunk")
+    return side
+
+
+def own_code(module: nn.Module) -> Callable[..., Any]:
     """``module`` as a function that shares its code object with no other."""
 
-    def step(*inputs: Tensor) -> Tensor:
+    def step(*inputs: Tensor) -> Any:
         return module(*inputs)
 
     step.__code__ = step.__code__.replace()
@@ -178,7 +217,8 @@ def float64(subject: Subject) -> tuple[Tensor, list[Tensor]]:
     inputs = tuple(x.double() if x.is_floating_point() else x for x in subject.inputs)
     module = copy.deepcopy(subject.module).double()
     with mock.patch.object(Tensor, "float", Tensor.double):  # subjects take the loss in float
-        loss, gradients = eager(Subject(subject.name, module, inputs, []), "float64").numbers()
+        exact = dataclasses.replace(subject, module=module, inputs=inputs, blocks=[])
+        loss, gradients = eager(exact, "float64").numbers()
     assert loss.dtype == torch.float64
     return loss, gradients
 
@@ -195,7 +235,7 @@ def compare(
     found = Numbers(torch.equal(loss, their_loss), far, difference / (size or 1.0))
     if truth is None:
         return found
-    names = ["loss", *(name for name, _ in side.module.named_parameters())]
+    names = side.names()
     exact = [truth[0], *truth[1]]
     our_error = errors([loss, *ours], exact)
     their_error = errors([their_loss, *theirs], exact)
@@ -210,6 +250,7 @@ def compare(
     worst = max(ratios, key=ratios.__getitem__)
     least = RESOLUTION * _root(sizes[1:]) or 1.0
     found.error = max(least, _root(our_error[1:])) / max(least, _root(their_error[1:]))
+    found.relative = _root(our_error[1:]) / (_root(sizes[1:]) or 1.0)
     found.worst, found.worst_name = ratios[worst], names[worst]
     found.unjudged = tuple(names[i] for i in range(len(names)) if i not in ratios)
     return found

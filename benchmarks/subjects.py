@@ -39,12 +39,16 @@ Scale = Literal["default", "small"]
 
 @dataclass(frozen=True)
 class Subject:
-    """One training step to measure: ``module(*inputs)`` returns a scalar loss."""
+    """One step to measure: ``module(*inputs)`` returns a scalar loss.
+
+    Where it is not ``training``, no gradient is taken and it returns a tuple of tensors.
+    """
 
     name: str
     module: nn.Module
     inputs: tuple[Tensor, ...]
     blocks: list[nn.Module]  #: submodules of ``module``, in the order they run
+    training: bool = True
 
 
 class Build(Protocol):
@@ -81,7 +85,7 @@ def checkpointed(subject: Subject) -> Subject:
     return Subject(f"{subject.name}, checkpointed", module, subject.inputs, blocks)
 
 
-def _evoformer_example() -> ModuleType:
+def evoformer_example() -> ModuleType:
     """``examples/evoformer.py``, wherever the caller runs."""
     name = "evoformer"
     if name not in sys.modules:
@@ -97,14 +101,19 @@ def evoformer(
     scale: Scale = "default",
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    residues: int | None = None,
 ) -> Subject:
-    """AlphaFold's: two blocks, tokens (S, R) = (32, 64), with shared-mask dropout."""
-    example = _evoformer_example()
+    """AlphaFold's: two blocks, tokens (S, R) = (32, 64), with shared-mask dropout.
+
+    ``residues`` is another R.
+    """
+    example = evoformer_example()
     if scale == "default":
-        task, inputs = example.build(), example.example_inputs(device=device)
+        task = example.build()
+        inputs = example.example_inputs(residues=residues or 64, device=device)
     else:
         task = example.build(c_m=16, c_z=16, heads=2, width=8, c_outer=4)
-        inputs = example.example_inputs(residues=12, msa=5, device=device)
+        inputs = example.example_inputs(residues=residues or 12, msa=5, device=device)
     task.to(device, dtype)
     return Subject("evoformer", task, inputs, list(task.evoformer.blocks))
 
@@ -285,7 +294,7 @@ def esmfold(
     )
     block = modeling_esmfold.EsmFoldTriangularSelfAttentionBlock
     module = FoldingTrunk([block(config) for _ in range(2)])
-    _evoformer_example().perturb_zeros_(module, 0.02)
+    evoformer_example().perturb_zeros_(module, 0.02)
     module.to(device, dtype).train()
 
     states = [

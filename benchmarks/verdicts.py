@@ -39,31 +39,32 @@ class Verdict:
 def judge(found: Found) -> list[Verdict]:
     """All limits of one subject."""
     verdicts = [
-        _within_budget(found),
-        _lowered(found),
+        within_budget(found),
+        lowered_right(found),
         _feasible(found),
         _floor(found),
         *_unplanned(found),
         *_shares(found),
         *_duels(found),
-        *_numbers(found),
+        *numbers_right(found),
         _monotone(found),
         _schedulings(found),
     ]
     return [dataclasses.replace(verdict, subject=found.subject) for verdict in verdicts]
 
 
-def _verdict(limit: str, good: bool | None, figure: str) -> Verdict:
+def decide(limit: str, good: bool | None, figure: str) -> Verdict:
+    """Met or missed; ``good=None`` is not measured."""
     status: Status = "not measured" if good is None else "met" if good else "missed"
     return Verdict("", limit, status, figure)
 
 
-def _time(limit: str, ratio: Ratio | None, bound: float, noise: float) -> Verdict:
+def decide_time(limit: str, ratio: Ratio | None, bound: float, noise: float) -> Verdict:
     """A limit on time is missed only beyond the noise of equal sides."""
     if ratio is None:
-        return _verdict(limit, None, "–")
+        return decide(limit, None, "–")
     if noise > TOO_NOISY:
-        return _verdict(limit, None, f"{ratio}, noise ±{noise:.3f}: too much to tell")
+        return decide(limit, None, f"{ratio}, noise ±{noise:.3f}: too much to tell")
     status: Status = "met"
     if ratio.median > bound:
         status = "within noise" if ratio.median <= bound + noise else "missed"
@@ -80,25 +81,27 @@ def _mb(count: int | None) -> str:
     return "–" if count is None else f"{count / 1e6:.2f} MB"
 
 
-def _within_budget(found: Found) -> Verdict:
+def within_budget(found: Found) -> Verdict:
+    """No step of ours measured above its budget."""
     rows = _ran(found)
     limit = "measured ≤ budget"
     if not rows:
-        return _verdict(limit, None, "no budget was met")
+        return decide(limit, None, "no budget was met")
     worst = max(rows, key=lambda row: row.peak / row.budget)  # type: ignore[operator]
     over = [row for row in rows if row.peak > row.budget]  # type: ignore[operator]
     text = f"{len(over)} of {len(rows)} over; worst {_mb(worst.peak)} of {_mb(worst.budget)}"
-    return _verdict(limit, not over, text)
+    return decide(limit, not over, text)
 
 
-def _lowered(found: Found) -> Verdict:
+def lowered_right(found: Found) -> Verdict:
+    """Lowered peaks of ours beside measured ones."""
     limit = f"|lowered/measured − 1| ≤ {LOWERED:.0%}"
     rows = found.of_kind("free", "min", "budget", "share", "level")
     errors = [row.lowered_error for row in rows if row.lowered_error is not None]
     if not errors:
-        return _verdict(limit, None, "–")
+        return decide(limit, None, "–")
     worst = max(errors, key=abs)
-    return _verdict(limit, abs(worst) <= LOWERED, f"worst {worst:+.2%} of {len(errors)}")
+    return decide(limit, abs(worst) <= LOWERED, f"worst {worst:+.2%} of {len(errors)}")
 
 
 def _feasible(found: Found) -> Verdict:
@@ -110,21 +113,21 @@ def _feasible(found: Found) -> Verdict:
     if failed:
         text += f"; other errors: {', '.join(row.label for row in failed)}"
     limit = f"≥ {needed} of {len(rows)} budgets feasible, the rest BudgetError"
-    return _verdict(limit, met >= needed and not failed, text)
+    return decide(limit, met >= needed and not failed, text)
 
 
 def _floor(found: Found) -> Verdict:
     ours, theirs = found.of_kind("min")[0].peak, found.row(CHECKPOINTED).peak
     good = None if ours is None or theirs is None else ours <= theirs
-    return _verdict("floor ≤ compiled checkpointing", good, f"{_mb(ours)}, {_mb(theirs)}")
+    return decide("floor ≤ compiled checkpointing", good, f"{_mb(ours)}, {_mb(theirs)}")
 
 
 def _unplanned(found: Found) -> list[Verdict]:
     (free,), theirs = found.of_kind("free"), found.inductor.peak
     good = None if free.peak is None or theirs is None else free.peak <= theirs
     return [
-        _verdict("no budget: peak ≤ Inductor's", good, f"{_mb(free.peak)}, {_mb(theirs)}"),
-        _time("no budget: time ≤ 1.0x", free.time, 1.0, found.noise_margin),
+        decide("no budget: peak ≤ Inductor's", good, f"{_mb(free.peak)}, {_mb(theirs)}"),
+        decide_time("no budget: time ≤ 1.0x", free.time, 1.0, found.noise_margin),
     ]
 
 
@@ -134,9 +137,11 @@ def _shares(found: Found) -> list[Verdict]:
         limit = f"time ≤ {bound:.2f}x at {share} % of Inductor's step peak"
         row = next((r for r in found.of_kind("share") if r.label == share_label(share)), None)
         if row is not None and row.peak is None:
-            verdicts.append(_verdict(limit, False, row.note))
+            verdicts.append(decide(limit, False, row.note))
         else:
-            verdicts.append(_time(limit, row.time if row else None, bound, found.noise_margin))
+            verdicts.append(
+                decide_time(limit, row.time if row else None, bound, found.noise_margin)
+            )
     return verdicts
 
 
@@ -150,13 +155,14 @@ def _duels(found: Found) -> list[Verdict]:
         limit = f"time ≤ that of {duel.peer}, at its peak"
         ours = found.row(duel.ours)
         if ours.peak is None:
-            verdicts.append(_verdict(limit, False, ours.note))
+            verdicts.append(decide(limit, False, ours.note))
         else:
-            verdicts.append(_time(limit, duel.time, 1.0, found.noise_margin))
+            verdicts.append(decide_time(limit, duel.time, 1.0, found.noise_margin))
     return verdicts
 
 
-def _numbers(found: Found) -> list[Verdict]:
+def numbers_right(found: Found) -> list[Verdict]:
+    """Gradients of ours, against float64 or, with random ops, beside Inductor's."""
     ours = found.of_kind("free", "min", "budget", "share", "level")
     rows = [row for row in ours if row.numbers is not None]
     if not rows:
@@ -168,8 +174,8 @@ def _numbers(found: Found) -> list[Verdict]:
         same = numbers[far].difference <= SAME_MASKS
         text = f"gradients differ by at most {numbers[far].difference:.1e} ({far})"
         return [
-            _verdict("same seed: the masks of Inductor", same, text),
-            _verdict(
+            decide("same seed: the masks of Inductor", same, text),
+            decide(
                 "same seed: the loss of Inductor, bit for bit",
                 equal == len(numbers),
                 f"{equal} of {len(numbers)}",
@@ -187,8 +193,8 @@ def _numbers(found: Found) -> list[Verdict]:
     if unjudged:
         text += f"; {len(unjudged)} under 1e-4 of the largest: {', '.join(unjudged[:4])}"
     return [
-        _verdict(f"{limit}, all parameters", whole <= GRADIENTS, f"{whole:.2f}x ({norm})"),
-        _verdict(f"{limit}, each parameter", worst <= GRADIENTS, text),
+        decide(f"{limit}, all parameters", whole <= GRADIENTS, f"{whole:.2f}x ({norm})"),
+        decide(f"{limit}, each parameter", worst <= GRADIENTS, text),
     ]
 
 
@@ -204,7 +210,7 @@ def _monotone(found: Found) -> Verdict:
         if (tighter.lowered or 0) > (1 + LOWERED) * (looser.lowered or 0):
             falls.append(f"lowered peak at {tighter.label}")
     text = "; ".join(falls) if falls else f"{len(rows)} budgets"
-    return _verdict(limit, not falls if len(rows) > 1 else None, text)
+    return decide(limit, not falls if len(rows) > 1 else None, text)
 
 
 def _schedulings(found: Found) -> Verdict:
@@ -212,9 +218,7 @@ def _schedulings(found: Found) -> Verdict:
     most = max((row.schedulings or 0 for row in rows), default=0)
     longest = max((row.planning or 0 for row in rows), default=0)
     good = most <= SCHEDULINGS if rows else None
-    return _verdict(
-        f"≤ {SCHEDULINGS} schedulings", good, f"{most}; longest planning {longest:.1f} s"
-    )
+    return decide(f"≤ {SCHEDULINGS} schedulings", good, f"{most}; longest planning {longest:.1f} s")
 
 
 def tally(verdicts: Sequence[Verdict]) -> str:

@@ -18,9 +18,12 @@ import torch
 from torch import fx
 
 from memcompile import _torch, live, scratch, sizes, store
+from memcompile._torch.draws import exact_draws
 from memcompile._torch.fusion import prompt_kernels
-from memcompile._torch.loops import released_loops
+from memcompile._torch.loops import cached_loops, released_loops
+from memcompile._torch.pieces import any_fake
 from memcompile.analysis.cost import calibrate
+from memcompile.analysis.timeline import HELD
 from memcompile.compiler import Compiler, Outcome
 from memcompile.contract import Context
 from memcompile.errors import MemcompileError
@@ -30,7 +33,6 @@ from memcompile.options import Options, format_bytes, warn_if_above_free
 from memcompile.pipeline import Pipeline
 from memcompile.registry import resolve
 from memcompile.report import Report
-from memcompile.step import hint
 from memcompile.version import __version__, source_digest
 
 log = logging.getLogger(__name__)
@@ -60,8 +62,12 @@ def memopt(
 
     An :class:`OptionsError`, a :class:`memcompile.BudgetError`, or a pass's error under
     ``strict``, is raised when the compiled graph is first called, before any of it runs:
-    torch would wrap what a backend raises, or run the model eagerly over its budget.
+    torch would wrap what a backend raises, or run the model eagerly over its budget. Where a
+    graph comes in pieces (DDP), the first of them raises it.
     """
+    error = live.refused()
+    if error is not None:
+        return _raises(error, gm)
     try:
         parsed = Options.parse(options)
         if mode is not None and mode != "default":
@@ -71,14 +77,17 @@ def memopt(
         own = _torch.cause_of(error, MemcompileError)
         if own is None:
             raise
-        return _raises(own)
+        live.refuse(own)
+        return _raises(own, gm)
 
 
-def _raises(error: MemcompileError) -> Callable[..., Any]:
+def _raises(error: MemcompileError, gm: fx.GraphModule) -> Callable[..., Any]:
     """A compiled graph that raises instead of running."""
 
     @_torch.disable_dynamo
     def refuse(*args: Any, **kwargs: Any) -> Any:
+        if any_fake(args):  # torch wants to know what the next piece is given
+            return gm(*args, **kwargs)
         raise type(error).with_traceback(error, None)
 
     return refuse
@@ -93,16 +102,15 @@ class _Job:
         limit = options.limit
         budget = int(limit.value) - options.reserve_bytes if limit.kind == "bytes" else None
         if budget is not None:
-            warn_if_above_free(self.device, budget, held=_input_bytes(example_inputs))
+            warn_if_above_free(self.device, budget, held=live.tensor_bytes(example_inputs))
         context = Context(options.strict, budget, self.device.type)
         self.pipeline = Pipeline(resolve(options.passes), context)
         (output,) = gm.graph.find_nodes(op="output")
         outputs = output.args[0]
         number = len(outputs) if isinstance(outputs, (list, tuple)) else 1
         self.lowering = Lowering(number, len(example_inputs), scratch.of)
-        held, self.holders = live.held()
-        held = max(0, held - _intermediate_bytes(example_inputs)) if held else 0
-        self.compiler = Compiler(options, self.pipeline, self.lowering, held)
+        self.held = live.held(example_inputs)
+        self.compiler = Compiler(options, self.pipeline, self.lowering, self.held.bytes)
         self.filed: list[Report] = []  #: one a graph that torch splits or lowers: most often one
         self.key = self._key()
         self.graph_key = self._graph_key()
@@ -139,7 +147,7 @@ class _Job:
         if report.kind != "training":
             return compiled
         label = report.name or f"graph {report.index}"
-        return live.watch(compiled, label, report.held_after)
+        return live.watch(compiled, label, report.held_after, self.example_inputs)
 
     def _inductor(self) -> Callable[..., Any]:
         patches = {
@@ -160,8 +168,9 @@ class _Job:
             gm, explained = self.compiler.whole(gm)
             self._file(explained, "inference")
         patches = {} if self.compiler.pooled else {"allow_buffer_reuse": False}
-        fusion = prompt_kernels() if self.compiler.prompt else contextlib.nullcontext()
-        with _torch.inductor_config.patch(patches), released_loops(), fusion:
+        patched = _torch.inductor_config.patch(patches)
+        fusion = prompt_kernels(HELD) if self.compiler.prompt else contextlib.nullcontext()
+        with patched, released_loops(), cached_loops(gm), exact_draws(), fusion:
             return _torch.compile_fx_inner(gm, example_inputs, **kwargs)
 
     def _eager(self) -> Callable[..., Any]:
@@ -221,10 +230,14 @@ class _Job:
         store.save(self.graph_key, report)
 
     def _holder_notes(self) -> list[str]:
-        if not self.compiler.held:
-            return []
-        size = format_bytes(self.compiler.held)
-        return [f"after a graph break: {size} are held by {', '.join(self.holders)}"]
+        held, notes = self.held, []
+        if held.by_graphs:
+            size = format_bytes(held.by_graphs)
+            notes.append(f"after a graph break: {size} are held by {', '.join(held.graphs)}")
+        if held.by_pieces:
+            size, names = format_bytes(held.by_pieces), ", ".join(held.pieces)
+            notes.append(f"a piece of a graph that was split: {size} are held by {names}")
+        return notes
 
     def _missing(self) -> Report:
         """The graph came from torch's cache and its report is gone: say so."""
@@ -277,17 +290,3 @@ def _device(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> torch.device:
     values = [*example_inputs, *gm.parameters(), *gm.buffers()]
     devices = [v.device for v in values if isinstance(v, torch.Tensor)]
     return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
-
-
-def _intermediate_bytes(example_inputs: Sequence[Any]) -> int:
-    """Inputs that an earlier graph of the step produced, and already counts."""
-    made = [v for v in example_inputs if isinstance(v, torch.Tensor) and not v.is_leaf]
-    return _input_bytes(made)
-
-
-def _input_bytes(example_inputs: Sequence[Any]) -> int:
-    total = 0
-    for value in example_inputs:
-        if isinstance(value, torch.Tensor) and value.layout == torch.strided:
-            total += hint(value.numel()) * value.element_size()
-    return total

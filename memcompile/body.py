@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from memcompile._torch.draws import draw_part
 from memcompile.analysis import ops as op_kinds
 from memcompile.analysis.flow import Place
 from memcompile.region import Part, Region
@@ -22,6 +23,9 @@ aten = torch.ops.aten
 
 #: Which argument of an op is the shape of what it returns.
 SHAPE_AT = {"view": 1, "_unsafe_view": 1, "reshape": 1, "expand": 1, "full": 0}
+
+#: Random draws: of one seed in every trip, each trip its own part of the whole.
+DRAWS = frozenset({"inductor_random", "inductor_randint"})
 
 #: Products that can be added to a buffer in place, by their name.
 ADDED_IN_PLACE = {"mm": aten.addmm_.default, "bmm": aten.baddbmm_.default}
@@ -121,11 +125,16 @@ class Body:
             return slices[argument, place] if argument in self.given else _made(argument)
 
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), read)
-        at = SHAPE_AT.get(op_kinds.op_name(node))
+        name = op_kinds.op_name(node)
+        if name in DRAWS and isinstance(dim := self.region.places[node], int):
+            unit = node.meta["val"].shape[dim] // self.region.length
+            start = (self.run_.start + self.at * self.run_.size) * unit
+            return draw_part(name, args, dim, start, self.run_.size * unit)
+        at = SHAPE_AT.get(name)
         if at is not None:
             args = (*args[:at], self._local_shape(node), *args[at + 1 :])
         if into is not None:
-            return ADDED_IN_PLACE[op_kinds.op_name(node)](into, *args)
+            return ADDED_IN_PLACE[name](into, *args)
         return node.target(*args, **kwargs)
 
     def _local_shape(self, node: fx.Node) -> list[int]:

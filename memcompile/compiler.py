@@ -7,9 +7,12 @@ error that the first one showed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import operator
 import time
+from collections.abc import Iterator
 
 from torch import fx
 
@@ -17,12 +20,13 @@ from memcompile import _torch
 from memcompile._torch.fusion import prompt_kernels
 from memcompile.analysis.cost import calibrate
 from memcompile.analysis.ops import runs_twice
+from memcompile.analysis.timeline import HELD
 from memcompile.contract import Loop, Proposal
 from memcompile.draft import Draft
 from memcompile.errors import PassError
-from memcompile.explain import Explained, explain
+from memcompile.explain import Explained, explain, number_loops
 from memcompile.ladder import Ladder
-from memcompile.looping import with_loops
+from memcompile.looping import unseeded, with_loops
 from memcompile.lowering import Lowering
 from memcompile.options import Budget, Options
 from memcompile.pipeline import Pipeline
@@ -34,6 +38,18 @@ from memcompile.search import Search, Tried
 from memcompile.split import Split, inductor_split, split
 from memcompile.step import Step, must_recompute, must_save, source_line
 from memcompile.symbolic import peak_expressions
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Without cyclic garbage collection: walking all of torch is a quarter of planning."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 @dataclasses.dataclass
@@ -62,6 +78,7 @@ class Compiler:
 
     # -- training steps ---------------------------------------------------------------
 
+    @uncollected()
     def step(self, module: fx.GraphModule, num_outputs: int, static: tuple[int, ...]) -> Outcome:
         """Plan a joint graph and split it.
 
@@ -132,6 +149,7 @@ class Compiler:
     def _with_loops(self, planner: Planner, loops: list[Loop]) -> Ladder:
         """The planner's ladder, and the rungs of the step with loops merged in."""
         plain = planner.ladder
+        self._note(unseeded(loops))
         found = with_loops(planner, plain.floor.plan, loops, self._anew, self._loop_failed)
         self.looped = {looped.draft.step: rows for looped, rows in found}
         return _merged(plain, *(looped.build() for looped, _ in found))
@@ -143,7 +161,10 @@ class Compiler:
         note = f"{what}{f' ({where})' if where else ''}: {type(error).__name__}"
         if self.options.strict:
             raise PassError(f"{note}: {error}") from error
-        if note not in self.notes:
+        self._note(note)
+
+    def _note(self, note: str | None) -> None:
+        if note is not None and note not in self.notes:
             self.notes.append(note)
 
     def _loops(self, chosen: Tried) -> tuple[LoopRow, ...]:
@@ -152,6 +173,7 @@ class Compiler:
 
     def _anew(self, module: fx.GraphModule, planner: Planner) -> tuple[Planner, list[Loop]]:
         """The planner of a step whose graph has got loops; what was kept is named alike."""
+        number_loops(module)
         old = planner.draft.step
         static = [place for place, node in enumerate(old.primals) if node in old.static]
         step = Step(module, old.num_outputs, static)
@@ -173,7 +195,7 @@ class Compiler:
         return Draft(step, calibrate(step.device), again, self.fused)
 
     def _lower_planned(self, step: Step, cut: Split, drafted: Drafted) -> tuple[int, int]:
-        with prompt_kernels():
+        with prompt_kernels(HELD):
             return self._lower(step, cut, drafted)
 
     def _lower(self, step: Step, cut: Split, drafted: Drafted) -> tuple[int, int]:
@@ -240,6 +262,7 @@ class Compiler:
 
     # -- graphs that are not split ------------------------------------------------------
 
+    @uncollected()
     def whole(self, module: fx.GraphModule) -> tuple[fx.GraphModule, Explained]:
         """Plan a graph without a split: inference, a backward inside it, an optimizer.
 
@@ -291,6 +314,7 @@ class Compiler:
         """The ladder of a graph without a split, with the loops that lower its peak."""
         nothing = Plan(frozenset())
         base = Planner(self._draft(step, frozenset()), nothing, [])
+        self._note(unseeded(loops))
         self.looped, ladders = {}, []
         for looped, rows in with_loops(base, nothing, loops, self._anew, self._loop_failed):
             inner = looped.draft.step

@@ -33,6 +33,17 @@ class Context:
     strict: bool = False
     budget: int | None = None  #: total bytes, or None
     device: str = "cpu"
+    remarks: list[str] = dataclasses.field(default_factory=list, compare=False, repr=False)
+
+    def remark(self, text: str) -> None:
+        """Tell the user: it is added to what the report says of the pass.
+
+        Raises:
+            PassError: under ``strict``.
+        """
+        if self.strict:
+            raise PassError(text)
+        self.remarks.append(text)
 
 
 class Pass(abc.ABC):
@@ -105,6 +116,7 @@ class Loop:
     value: fx.Node
     dim: int
     chunks: int
+    without: frozenset[fx.Node] = frozenset()  #: nodes that no loop of the step may take in
     by: str = dataclasses.field(default="", compare=False)  #: filled in by the pipeline
 
 

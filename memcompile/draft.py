@@ -203,7 +203,7 @@ class _Backward:
     """Lays out one backward: late nodes in order, copies of early ones just in time."""
 
     def __init__(self, draft: Draft, plan: Plan) -> None:
-        self.draft, self.plan = draft, plan
+        self.draft, self.plan, self.early = draft, plan, draft.step.sides.early
         self.ops: list[Op] = []
         self.order: list[Late | Proposal] = []
         self.saved: list[fx.Node] = []
@@ -214,6 +214,8 @@ class _Backward:
         """Lay out ``node`` and whatever it needs that is not there yet, in step order."""
         if node in self.place:
             return
+        if node not in self.early and all(i in self.place for i in self.draft.info[node].inputs):
+            return self._lay(node)
         order = self.draft.step.order
         for missing in sorted(self._missing(node), key=order.__getitem__):
             if missing not in self.place:
@@ -221,7 +223,7 @@ class _Backward:
 
     def _is_kept(self, node: fx.Node) -> bool:
         """Chosen to be kept, or neither able to run twice nor rebuilt in another way."""
-        if node not in self.draft.step.sides.early or node.op != "call_function":
+        if node not in self.early or node.op != "call_function":
             return False
         if node in self.plan.kept:
             return True
@@ -247,7 +249,7 @@ class _Backward:
     def _lay(self, node: fx.Node) -> None:
         draft, plan = self.draft, self.plan
         info = draft.info[node]
-        early = node in draft.step.sides.early
+        early = node in self.early
         if info.kind == Kind.SOURCE:
             tangent = not early
             size = info.bytes if tangent else 0

@@ -14,7 +14,7 @@ from memcompile.contract import Proposal
 from memcompile.plan import Drafted
 from memcompile.report import LoopRow, MoveRow, Point, ValueRow
 from memcompile.split import Split
-from memcompile.step import Step, source_line, tensors
+from memcompile.step import Step, is_loop, source_line, tensors
 from memcompile.symbolic import peak_expression
 
 LARGEST = 10
@@ -74,7 +74,7 @@ def explain(
         peak_expression=str(peak_expression(after_step, after)) if step.dynamic else "",
         symbols={str(symbol): value for symbol, value in step.symbols().items()},
         moves=tuple(_moves(step, before, after, proposals)),
-        loops=loops,
+        loops=_placed(loops, after_step),
         largest=tuple(_largest(after_step, after)),
         timeline_before=_points(step, before),
         timeline_after=_points(after_step, after) if after is not before else (),
@@ -82,6 +82,25 @@ def explain(
         forward=_text(split.forward) if split else "",
         backward=_text(split.backward) if split and split.backward else "",
         held_after=_held_after(after_step, after),
+    )
+
+
+def number_loops(module: fx.GraphModule) -> None:
+    """Note on each loop which row of the report it belongs to: one round makes one row."""
+    loops = [node for node in module.graph.nodes if is_loop(node)]
+    made = max((node.meta.get("row", -1) for node in loops), default=-1) + 1
+    for node in loops:
+        node.meta.setdefault("row", made)
+
+
+def _placed(rows: Sequence[LoopRow], step: Step) -> tuple[LoopRow, ...]:
+    """The rows with the names of their loops in the planned step."""
+    at: list[list[str]] = [[] for _ in rows]
+    for node in step.nodes:
+        if is_loop(node) and node.meta.get("row", len(at)) < len(at):
+            at[node.meta["row"]].append(node.name)
+    return tuple(
+        dataclasses.replace(row, at=tuple(names)) for row, names in zip(rows, at, strict=True)
     )
 
 
@@ -232,6 +251,8 @@ def _side_points(side: str, line: Timeline, kinds: _Kinds, fixed: dict[str, int]
             top = heapq.nlargest(5, alive, key=lambda i: ops[i].bytes)
             largest = tuple((ops[i].node.name, ops[i].bytes) for i in top)
             live = {k: b for k, b in total.items() if b}
+            if op.work:  # a loop's own
+                live["temporaries"] = live.get("temporaries", 0) + op.work
             _settle(live, line.live[j] - sum(live.values()), kind.get(j))
             points.append(Point(op.node.name, source_line(op.node), side, live, largest))
         for dead in dies[j]:

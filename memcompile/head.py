@@ -20,6 +20,7 @@ from torch import fx
 from memcompile import _torch, region
 from memcompile.analysis.flow import tensor_args
 from memcompile.analysis.ops import op_name
+from memcompile.border import widened
 from memcompile.region import Region
 from memcompile.step import Step, tensors
 
@@ -51,6 +52,9 @@ def forms(step: Step, seed: fx.Node, dim: int) -> Iterator[Form]:
     if found is None:
         return
     yield Form(step, found)
+    wide = widened(step, found)
+    if wide is not None:
+        yield Form(step, wide)
     for module in early_gradients(step, found):
         static = [place for place, node in enumerate(step.primals) if node in step.static]
         other = Step(module, step.num_outputs, static)

@@ -75,4 +75,4 @@ def read_fragment(step: Step, node: fx.Node, rates: Rates, fused: bool) -> Info:
 
 
 def _is_drawn(node: fx.Node, fused: bool) -> bool:
-    return fused and op_kinds.op_name(node) == "inductor_random"
+    return fused and op_kinds.op_name(node) in op_kinds.DRAWN

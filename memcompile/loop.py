@@ -57,7 +57,8 @@ class Looped:
         self.done: set[int] = set()
         for part in (region.late, region.early):
             if part is not None:
-                self.part_of.update(dict.fromkeys(part.nodes, part))
+                moved = [node for node in part.nodes if node not in region.again]
+                self.part_of.update(dict.fromkeys(moved, part))
 
     def write(self) -> fx.GraphModule:
         """The new joint graph; its outputs and placeholders are those of the old one."""
@@ -244,8 +245,9 @@ class Looped:
             own = 0 if several or (node in written and sliced) else size
             if node in written and adds_in_place(node, self.region.places[node]):
                 own, seconds = 0, max(seconds, 2 * size / self.rates.memory)
-            heavy = op_kinds.op_name(node) in op_kinds.HEAVY
-            ops.append(Op(node, op_kinds.classify(node), reads, own, seconds, heavy))
+            name, kind = op_kinds.op_name(node), op_kinds.classify(node)
+            heavy, drawn = name in op_kinds.HEAVY, name in op_kinds.DRAWN
+            ops.append(Op(node, kind, reads, own, seconds, heavy, drawn))
         line = simulate(ops, grouped=self.step.device.type == "cpu")
         buffers = sum(self.step.bytes(n) for n in part.outputs)
         trip = line.seconds(self.rates.memory, self.rates.launch) + TRIP

@@ -8,10 +8,12 @@ any other, with a ladder of its own.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterator
 
 from torch import fx
 
+from memcompile.analysis.ops import is_random, op_name
 from memcompile.contract import Loop
 from memcompile.head import Form, forms
 from memcompile.loop import Looped
@@ -22,10 +24,25 @@ from memcompile.step import source_line
 
 #: Rounds, and values looked at in each.
 ROUNDS, WIDEST = 24, 4
-#: What stands above this share of the peak is to be lowered, to this share of itself a round.
-HIGH, ENOUGH = 0.75, 0.95
-#: With more chunks: what stands above this share of the peak before any loop.
-LOW = 0.25
+#: What a round must lower the excess to, as a share of itself.
+ENOUGH = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class _Aim:
+    """What loops are chosen for: what is above ``share`` of the peak is to be lowered.
+
+    Of what leaves about as little as any, the quickest is taken. About: more by at most
+    ``near`` of what is gained or, with ``spread``, of how far the choices lie apart.
+    """
+
+    share: float
+    near: float
+    spread: bool = False
+
+
+#: As few chunks as will do; as many as make much of a difference; whatever leaves least.
+SHALLOW, DEEPER, DEEPEST = _Aim(0.75, 0.05), _Aim(0.25, 0.33, spread=True), _Aim(0.1, 0.0)
 
 
 @dataclasses.dataclass
@@ -38,6 +55,11 @@ class _State:
     @property
     def peak(self) -> int:
         return self.drafted.peak
+
+    @property
+    def shape(self) -> tuple[tuple[str, int, int, int], ...]:
+        """What its loops are over; states of one shape are the same."""
+        return tuple((row.value, row.dim, row.chunks, row.nodes) for row in self.rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,80 +83,96 @@ def with_loops(
 ) -> list[tuple[Planner, tuple[LoopRow, ...]]]:
     """The step with the loops that lower its peak under ``plan``, as few chunks as will do.
 
-    The same loops with as many chunks as it takes to go lower come second, where that differs.
-    Nothing where no loop helps.
+    The same loops made to go lower come after it, where that differs: with chunks as many as
+    make much of a difference, and with whatever leaves the least. Nothing where no loop helps.
     """
-    start = state = _State(planner, loops, planner.drafted(plan), ())
-    taken: list[_Over] = []
+    start = _State(planner, loops, planner.drafted(plan), ())
+    state, taken = _rounds(start, SHALLOW, anew, failed)
+    deeper = _replayed(start, taken, DEEPER, anew, failed)
+    deepest, _ = _rounds(start, DEEPEST, anew, failed)
+    states = {each.shape: each for each in (state, deeper, deepest)}
+    return [(s.planner, s.rows) for s in states.values() if s.rows]
+
+
+def _rounds(start: _State, aim: _Aim, anew: Anew, failed: Failed) -> tuple[_State, list[_Over]]:
+    """Loop after loop, until none helps."""
+    state, taken = start, []
     for _ in range(ROUNDS):
-        found = _round(state, anew, failed)
+        found = _round(state, aim, anew, failed)
         if found is None:
             break
         over, state = found
         taken.append(over)
-    deeper = _replayed(start, taken, anew, failed)
-    states = [state] if _chunks(deeper) == _chunks(state) else [state, deeper]
-    return [(s.planner, s.rows) for s in states if s.rows]
+    return state, taken
 
 
-def _chunks(state: _State) -> list[int]:
-    return [row.chunks for row in state.rows]
+def unseeded(loops: list[Loop]) -> str | None:
+    """A note on the first value offered that is a draw without a seed; ``None`` without one.
+
+    Such a draw cannot be made in parts: nothing that hangs together with it is looped.
+    """
+    for loop in loops:
+        node = loop.value.args[0] if loop.value.target is operator.getitem else loop.value
+        assert isinstance(node, fx.Node)
+        if is_random(node) and op_name(node) != "inductor_seeds":
+            where = source_line(node)
+            said = f"node {node.name}{f' ({where})' if where else ''}"
+            return f"{loop.by}: {said} draws without a seed; what it goes into is not chunked"
+    return None
 
 
-def _round(state: _State, anew: Anew, failed: Failed) -> tuple[_Over, _State] | None:
+def _round(state: _State, aim: _Aim, anew: Anew, failed: Failed) -> tuple[_Over, _State] | None:
     """The best loop over what is alive at the peak: its dimension first, then its count."""
     step = state.planner.draft.step
-    now = _excess(state, state, HIGH)
+    now = _excess(state, state, aim.share)
     for value in _large_at_peak(state):
         best: tuple[int, list[Form], list[Loop]] | None = None
         for loops in _by_dim(state.loops, value):
             found = list(forms(step, value, loops[0].dim))
-            for form in found:
-                new = _apply(state, form, loops[len(loops) // 2], anew, failed)
-                left = _excess(new, state, HIGH) if new is not None else now
+            for new in _tried(state, found, [loops[len(loops) // 2]], anew, failed):
+                left = _excess(new, state, aim.share)
                 if left < now and (best is None or left < best[0]):
                     best = left, found, loops
         if best is None:
             continue
         _, found, loops = best
-        chosen = _cheapest(state, state, HIGH, found, loops, anew, failed)
+        chosen = _chosen(state, state, aim, _tried(state, found, loops, anew, failed))
         if chosen is not None:
             return _Over(value.name, loops[0].dim), chosen
     return None
 
 
-def _replayed(start: _State, taken: list[_Over], anew: Anew, failed: Failed) -> _State:
-    """The loops that were taken, with chunks enough for the lower line."""
+def _replayed(start: _State, taken: list[_Over], aim: _Aim, anew: Anew, failed: Failed) -> _State:
+    """The loops that were taken, chosen by another aim."""
     state = start
     for over in taken:
-        values = [n for n in state.planner.draft.step.nodes if n.name == over.value]
+        step = state.planner.draft.step
+        values = [n for n in step.nodes if n.name == over.value]
         for loops in _by_dim(state.loops, values[0]) if values else []:
             if loops[0].dim == over.dim:
-                found = list(forms(state.planner.draft.step, values[0], over.dim))
-                state = _cheapest(state, start, LOW, found, loops, anew, failed) or state
+                found = list(forms(step, values[0], over.dim))
+                tried = _tried(state, found, loops, anew, failed)
+                state = _chosen(state, start, aim, tried) or state
     return state
 
 
-def _cheapest(
-    state: _State,
-    start: _State,
-    share: float,
-    found: list[Form],
-    loops: list[Loop],
-    anew: Anew,
-    failed: Failed,
-) -> _State | None:
-    """The quickest of the forms and counts that leave about as little as any."""
-    now = _excess(state, start, share)
-    tried = [_apply(state, form, loop, anew, failed) for form in found for loop in loops]
-    made = [new for new in tried if new is not None and new.peak <= state.peak]
-    lefts = [_excess(new, start, share) for new in made]
-    if not made or min(lefts) >= ENOUGH * now:
+def _tried(
+    state: _State, found: list[Form], loops: list[Loop], anew: Anew, failed: Failed
+) -> list[_State]:
+    """The state with one more loop, in every form and count that can be written."""
+    made = [_apply(state, form, loop, anew, failed) for form in found for loop in loops]
+    return [new for new in made if new is not None and new.peak <= state.peak]
+
+
+def _chosen(state: _State, start: _State, aim: _Aim, tried: list[_State]) -> _State | None:
+    """The quickest of those that leave about as little as any; ``None`` where none helps."""
+    now = _excess(state, start, aim.share)
+    lefts = [_excess(new, start, aim.share) for new in tried]
+    if not tried or min(lefts) >= ENOUGH * now:
         return None
-    # Of all that loops gain at first; later, of what it matters how many chunks there are.
-    about = (now - min(lefts)) // 20 if share == HIGH else (max(lefts) - min(lefts)) // 3
-    close = [n for n, left in zip(made, lefts, strict=True) if left <= min(lefts) + about]
-    return min(close, key=lambda new: new.drafted.seconds)
+    about = aim.near * ((max(lefts) if aim.spread else now) - min(lefts))
+    close = [n for n, left in zip(tried, lefts, strict=True) if left <= min(lefts) + about]
+    return min(close, key=lambda new: (new.drafted.seconds, new.peak))
 
 
 def _by_dim(loops: list[Loop], value: fx.Node) -> list[list[Loop]]:

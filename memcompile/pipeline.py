@@ -70,20 +70,26 @@ class Pipeline:
     def offers(self, step: Step, again: bool = False) -> list[Proposal | Loop]:
         """Every proposer's moves on ``step``; recorded, unless they are asked for ``again``."""
         found: list[Proposal | Loop] = []
+        context = self.context
+        if again:  # what there is to say was said: modules may by now be inside of loops
+            context = dataclasses.replace(context, strict=False, remarks=[])
         for each in self.passes:
             if not isinstance(each, Proposer):
                 continue
             offered: list[Proposal | Loop] = []
+            context.remarks.clear()
             try:
-                for proposal in each.propose(step, self.context):
+                for proposal in each.propose(step, context):
                     _check(proposal, step)
+                    _bar(proposal)
                     offered.append(dataclasses.replace(proposal, by=spell(each)))
             except Exception as error:  # a stranger's code may raise anything
                 self._record(each, False, _said(error), error)
                 continue
             found.extend(offered)
             if not again:
-                self._record(each, False, f"offered {len(offered)} moves")
+                notes = [f"offered {len(offered)} moves", *context.remarks]
+                self._record(each, False, "; ".join(notes))
         return found
 
     def _record(
@@ -125,6 +131,13 @@ def _check(proposal: Proposal | Loop, step: Step) -> None:
             f"offers to run node {value.name} again, which draws new random numbers, has an "
             "effect, or is an op nothing is known of; offer values that memcompile.runs_twice"
         )
+
+
+def _bar(proposal: Proposal | Loop) -> None:
+    """Mark the nodes that loops are to leave alone."""
+    if isinstance(proposal, Loop):
+        for node in proposal.without:
+            node.meta["no_loop"] = True
 
 
 def placeholder_names(graph: fx.Graph) -> list[str]:

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import fx
 
+from memcompile.alike import families
 from memcompile.analysis.timeline import Kind
 from memcompile.contract import Proposal
 from memcompile.draft import Draft
@@ -31,7 +32,7 @@ STEPS = 40
 
 def draft_limit(nodes: int) -> int:
     """How many drafts planning may cost: a draft takes about ten microseconds a node."""
-    return max(500, min(3000, 60_000 // max(nodes, 1)))
+    return max(400, min(3000, 60_000 // max(nodes, 1)))
 
 
 class Planner:
@@ -63,6 +64,7 @@ class Planner:
                 self.others.setdefault(proposal.value, []).append(proposal)
         self.candidates = [v for v in self.again if draft.info[v].bytes > 0 and v not in bound]
         self.is_candidate = frozenset(self.candidates)
+        self.alike = families(draft.step, draft.info, (*self.again, *self.others))
         self.ladder = Ladder()
         self.seen: dict[object, Drafted] = {}
         self.drafts = 0
@@ -140,6 +142,12 @@ class Planner:
             new = self._try(_without(now.plan, [option]))
             if new.peak < now.peak:
                 return new
+        for same in self._families(now, options)[:4]:  # blocks that are alike peak alike
+            if self.drafts >= stop:
+                return None
+            new = self._try(_without(now.plan, same))
+            if new.peak < now.peak:
+                return new
         # What is alive at the peak for others' sake: drop everything offered at once.
         if self.drafts < stop and len(options) > 1:
             new = self._try(_without(now.plan, options))
@@ -185,14 +193,17 @@ class Planner:
         now = self._try(rung.plan)
         drops = self._drops(now, every=most > 100)
         keeps = self._keeps(now)
-        for option in drops[:most]:
+        again = {value for _, value in keeps}
+        for same in [[drop] for drop in drops[:most]] + self._families(now, drops)[:most]:
             if not self.left:
                 return
-            self._try(_without(now.plan, [option]))
-        for _, value in keeps[:most]:
+            self._try(_without(now.plan, same))
+        alike = [tuple(v for v in self.alike[k] if v in again) for _, k in keeps]
+        several = [same for same in dict.fromkeys(alike) if len(same) > 1]
+        for values in [(value,) for _, value in keeps[:most]] + several[:most]:
             if not self.left:
                 return
-            self._try(_keeping(now.plan, [value]))
+            self._try(_keeping(now.plan, values))
         if most > 100:
             for pair in itertools.combinations(drops, 2):  # some pay only together
                 if not self.left:
@@ -229,6 +240,17 @@ class Planner:
         order = self.draft.step.order
         options.sort(key=lambda o: (-o.bytes / (o.seconds + 1e-9), order[o.value]))
         return options
+
+    def _families(self, now: Drafted, drops: list[_Drop]) -> list[list[_Drop]]:
+        """For each drop, best first, the same one in all blocks that are alike."""
+        every = {(d.value, d.other and d.other.how): d for d in self._drops(now, every=True)}
+        found: dict[tuple[object, ...], list[_Drop]] = {}
+        for drop in drops:
+            how = drop.other and drop.other.how
+            same = [every[v, how] for v in self.alike[drop.value] if (v, how) in every]
+            if len(same) > 1:
+                found.setdefault((how, *(d.value for d in same)), same)
+        return list(found.values())
 
     def _stored_at_peak(self, now: Drafted) -> frozenset[fx.Node]:
         if now.backward.peak >= now.forward.peak:

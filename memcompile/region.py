@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Collection
 
 import torch
 from torch import fx
@@ -44,6 +45,7 @@ class Region:
     reads: dict[fx.Node, tuple[Place, ...]]  #: how each one reads its tensor arguments
     early: Part
     late: Part | None  #: ``None`` where nothing late reads the interior
+    again: frozenset[fx.Node] = frozenset()  #: nodes that run outside too, for others
 
 
 def find(step: Step, seed: fx.Node, dim: int) -> Region | None:
@@ -194,74 +196,102 @@ class _Growth:
                     return False
         return True
 
-    # -- what was found -----------------------------------------------------------------------
-
-    def _length(self) -> int | None:
-        """Of the shortest sliced dimension; a longer one must hold it a whole number of times."""
-        sizes: set[int] = set()
-        for node, reads in self.reads.items():
-            pairs = [*zip(tensor_args(node), reads, strict=True), (node, self.places[node])]
-            for value, place in pairs:
-                if isinstance(place, int) and isinstance(value.meta["val"], torch.Tensor):
-                    sizes.add(value.meta["val"].shape[place])
-        least = min(sizes)
-        return None if least < 2 or any(size % least for size in sizes) else least
-
     def region(self) -> Region | None:
         """What was grown, or ``None`` where it cannot run as loops."""
-        length = self._length()
-        if length is None:
-            return None
-        early = [n for n in self.step.nodes if n in self.places and n in self.step.sides.early]
-        late = [n for n in self.step.nodes if n in self.places and n in self.step.sides.late]
-        if late and early:
-            late = self._again(early, late)
-        for node in (*early, *late):
-            if any(isinstance(p, str) for p in self.reads[node]):
-                return None
-        if not early:
-            early, late = late, []
-        one = self._part(early, set(late))
-        other = self._part(late, set()) if late else None
-        if one is None or (late and other is None):
-            return None
-        return Region(self.seed, self.dim, length, self.places, self.reads, one, other)
+        return assemble(self.step, self.seed, self.dim, self.places, self.reads)
 
-    def _again(self, early: list[fx.Node], late: list[fx.Node]) -> list[fx.Node]:
-        """The late nodes and the early ones they need again: the interior is never kept."""
-        inside = set(early)
-        needed: set[fx.Node] = set()
-        stack = [a for n in late for a in n.all_input_nodes if a in inside]
-        while stack:
-            node = stack.pop()
-            if node in needed or self.places[node] in ("sum", "max", "min"):
-                continue
-            needed.add(node)
-            stack.extend(a for a in node.all_input_nodes if a in inside)
-        return [n for n in self.step.nodes if n in needed or n in set(late)]
 
-    def _part(self, nodes: list[fx.Node], later: set[fx.Node]) -> Part | None:
-        """One side; ``later`` holds the nodes that compute what they need of it again."""
-        inside = set(nodes)
-        inputs: dict[fx.Node, set[Place]] = {}
-        outputs: list[fx.Node] = []
-        late = self.step.sides.late
-        ends_late = any(n in late for n in nodes)
-        for node in nodes:
-            for argument, place in zip(tensor_args(node), self.reads[node], strict=True):
-                if argument not in inside:
-                    inputs.setdefault(argument, set()).add(place)
-                elif isinstance(self.places[argument], str):
-                    return None  # a sum is there only when the loop is over
-            if ends_late and node not in late:
-                continue  # run again; the first run's result is there for others
-            summed = isinstance(self.places[node], str)
-            readers = [u for u in node.users if u not in inside]
-            if any(summed or u not in later for u in readers):
-                outputs.append(node)
-        nodes = _needed(nodes, outputs)
-        inputs = {n: p for n, p in inputs.items() if any(u in set(nodes) for u in n.users)}
-        for node in outputs:
-            if self.places[node] is None or isinstance(node.meta["val"], (list, tuple)):
-                return None
-        return Part(nodes, inputs, outputs)
+# -- what was found ---------------------------------------------------------------------------
+
+
+def assemble(
+    step: Step,
+    seed: fx.Node,
+    dim: int,
+    places: dict[fx.Node, Place],
+    reads: dict[fx.Node, tuple[Place, ...]],
+    again: Collection[fx.Node] = (),
+) -> Region | None:
+    """The two sides of a region; ``None`` where it cannot run as loops.
+
+    Args:
+        step: the step.
+        seed: the value it was grown from.
+        dim: the dimension of it that is sliced.
+        places: of every node of the region.
+        reads: how each of them reads its tensor arguments.
+        again: those of them that also run outside, for others.
+    """
+    length = _length(places, reads)
+    if length is None:
+        return None
+    early = [n for n in step.nodes if n in places and n in step.sides.early]
+    late = [n for n in step.nodes if n in places and n in step.sides.late]
+    if late and early:
+        late = _repeated(step, places, early, late)
+    if not early:
+        early, late = late, []
+    for node in (*early, *late):
+        if any(isinstance(p, str) for p in reads[node]):
+            return None
+    region = Region(seed, dim, length, places, reads, Part([], {}, []), None, frozenset(again))
+    one = _part(step, region, early, set(late))
+    other = _part(step, region, late, set()) if late else None
+    if one is None or (late and other is None):
+        return None
+    return dataclasses.replace(region, early=one, late=other)
+
+
+def _length(places: dict[fx.Node, Place], reads: dict[fx.Node, tuple[Place, ...]]) -> int | None:
+    """Of the shortest sliced dimension; a longer one must hold it a whole number of times."""
+    sizes: set[int] = set()
+    for node, given in reads.items():
+        pairs = [*zip(tensor_args(node), given, strict=True), (node, places[node])]
+        for value, place in pairs:
+            if isinstance(place, int) and isinstance(value.meta["val"], torch.Tensor):
+                sizes.add(value.meta["val"].shape[place])
+    least = min(sizes)
+    return None if least < 2 or any(size % least for size in sizes) else least
+
+
+def _repeated(
+    step: Step, places: dict[fx.Node, Place], early: list[fx.Node], late: list[fx.Node]
+) -> list[fx.Node]:
+    """The late nodes and the early ones they need again: the interior is never kept."""
+    inside = set(early)
+    needed: set[fx.Node] = set()
+    stack = [a for n in late for a in n.all_input_nodes if a in inside]
+    while stack:
+        node = stack.pop()
+        if node in needed or places[node] in ("sum", "max", "min"):
+            continue
+        needed.add(node)
+        stack.extend(a for a in node.all_input_nodes if a in inside)
+    return [n for n in step.nodes if n in needed or n in set(late)]
+
+
+def _part(step: Step, region: Region, nodes: list[fx.Node], later: set[fx.Node]) -> Part | None:
+    """One side; ``later`` holds the nodes that compute what they need of it again."""
+    inside = set(nodes)
+    inputs: dict[fx.Node, set[Place]] = {}
+    outputs: list[fx.Node] = []
+    late = step.sides.late
+    ends_late = any(n in late for n in nodes)
+    for node in nodes:
+        for argument, place in zip(tensor_args(node), region.reads[node], strict=True):
+            if argument not in inside:
+                inputs.setdefault(argument, set()).add(place)
+            elif isinstance(region.places[argument], str):
+                return None  # a sum is there only when the loop is over
+        if node in region.again or (ends_late and node not in late):
+            continue  # run again; the first run's result is there for others
+        summed = isinstance(region.places[node], str)
+        readers = [u for u in node.users if u not in inside or u in region.again]
+        if any(summed or u not in later or u in region.again for u in readers):
+            outputs.append(node)
+    nodes = _needed(nodes, outputs)
+    inputs = {n: p for n, p in inputs.items() if any(u in set(nodes) for u in n.users)}
+    for node in outputs:
+        if region.places[node] is None or isinstance(node.meta["val"], (list, tuple)):
+            return None
+    return Part(nodes, inputs, outputs)

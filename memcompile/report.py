@@ -54,6 +54,7 @@ class LoopRow:
     bytes: int  #: of ``value``, were it whole
     peak_before: int  #: predicted total bytes of the least-peak plan without this loop
     peak_after: int  #: and with it
+    at: tuple[str, ...] = ()  #: the nodes of the planned graph that are its loops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +137,9 @@ class Report:
         try:
             data: dict[str, Any] = json.loads(text)
             data["moves"] = tuple(MoveRow(**row) for row in data["moves"])
-            data["loops"] = tuple(LoopRow(**row) for row in data["loops"])
+            data["loops"] = tuple(
+                LoopRow(**{**row, "at": tuple(row["at"])}) for row in data["loops"]
+            )
             data["passes"] = tuple(Ran(**row) for row in data["passes"])
             data["largest"] = tuple(
                 ValueRow(**{**row, "shape": tuple(row["shape"])}) for row in data["largest"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -65,6 +66,22 @@ def source_line(node: fx.Node) -> str:
         return own[-1]
     name = path.strip('"').replace("\\", "/").rsplit("/", 1)[-1]
     return f"{name}:{line.removeprefix('line ')} {where}"
+
+
+def module_names(node: fx.Node) -> tuple[str, ...]:
+    """The modules the node comes from, forward or backward, outermost first.
+
+    Paths as ``named_modules()`` has them from the compiled module or function on
+    (``"encoder"``, ``"encoder.0"``), and the names of the modules' classes.
+    """
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    names: dict[str, None] = {}
+    for path, kind in stack.values():
+        parts = re.sub(r"^[A-Z]\[[^]]*\]\.?", "", path).split(".")
+        names.update(dict.fromkeys(".".join(parts[:end]) for end in range(1, len(parts) + 1)))
+        names[getattr(kind, "__name__", str(kind).rsplit(".", 1)[-1])] = None
+    names.pop("", None)
+    return tuple(names)
 
 
 def is_view(node: fx.Node) -> bool:

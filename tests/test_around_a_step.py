@@ -1,6 +1,7 @@
 """Everything around a step: what users do to a model besides calling it once."""
 
 import copy
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -20,6 +21,7 @@ from helpers import (
     tensor,
 )
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -747,6 +749,18 @@ def test_dynamo_reset_plans_the_same_again() -> None:
 def test_fullgraph_and_a_name_for_the_report() -> None:
     _, (report,) = planned(stack(1), [tensor(5, 8)], "min", fullgraph=True, name="trunk")
     assert report.name == "trunk"
+
+
+@pytest.mark.parametrize("run_backward", [True, False], ids=["trained", "only called"])
+def test_a_compiled_graph_keeps_none_of_its_first_inputs(run_backward: bool) -> None:
+    compiled, x = memopt(stack(1), "min"), tensor(7, 8)
+    storage = StorageWeakRef(x.untyped_storage())
+    loss = compiled(x).sum()
+    if run_backward:
+        loss.backward()
+    del x, loss
+    gc.collect()
+    assert storage.expired()
 
 
 def test_data_parallel_over_one_process(tmp_path) -> None:

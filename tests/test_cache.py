@@ -1,12 +1,20 @@
 """A second process compiles from torch's caches, plans nothing, and still has its report."""
 
 import json
+import operator
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch import fx
+from torch._inductor.codecache import compiled_fx_graph_hash
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from memcompile._torch.loops import cached_loops
 
 SCRIPT = """
 import json, sys
@@ -34,6 +42,41 @@ print(json.dumps({
 }))
 """
 
+LOOPED = """
+import json, sys
+import torch, memcompile, memcompile.planner
+from torch._dynamo.utils import counters
+
+memcompile.planner.draft_limit = lambda nodes: 100
+
+def step(x, w):
+    inner = getattr(torch, sys.argv[3])  # nothing outside of the loop tells which
+    return inner((x @ w) @ x.T).softmax(-1) @ x
+
+torch.manual_seed(0)
+x = torch.randn(193, 4, dtype=torch.float64, requires_grad=True)
+w = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+compiled = torch.compile(
+    step, backend="memopt", options={"budget": "min", "passes": "default,chunk", "strict": True}
+)
+
+def run(call):
+    x.grad = w.grad = None
+    out = call(x, w)
+    out.square().mean().backward()
+    return out.detach(), x.grad, w.grad
+
+torch.testing.assert_close(run(compiled), run(step))
+measured = memcompile.measure_peak(run, compiled, warmup=0).bytes
+report = memcompile.reports()[-1]
+fx, aot = counters["inductor"], counters["aot_autograd"]
+print(json.dumps({
+    "cached": report.cached, "loops": len(report.loops), "lowered": report.lowered,
+    "hits": aot["autograd_cache_hit"], "graphs": fx["fxgraph_cache_hit"],
+    "measured": measured, "forward": report.forward,
+}))
+"""
+
 MINE = """
 import dataclasses
 from typing import ClassVar
@@ -47,7 +90,7 @@ class Mine(memcompile.Proposer):
 """
 
 
-def run(folder: Path, *args: str) -> dict:
+def run(folder: Path, *args: str, source: str = SCRIPT) -> dict:
     environment = {
         **os.environ,
         "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
@@ -56,7 +99,7 @@ def run(folder: Path, *args: str) -> dict:
         "MEMCOMPILE_CACHE": str(folder / "memcompile"),
     }
     script = folder / "script.py"
-    script.write_text(SCRIPT)
+    script.write_text(source)
     done = subprocess.run(
         [sys.executable, str(script), str(folder), str(folder), *args],
         env=environment, capture_output=True, text=True, timeout=300,
@@ -83,3 +126,75 @@ def test_editing_a_pass_invalidates_the_cache(tmp_path: Path) -> None:
     module.write_text(MINE.replace("return []", "return list()"))
     edited = run(tmp_path, "mine_pass")
     assert edited["hits"] == 0 and not edited["cached"]
+
+
+@pytest.mark.slow
+def test_a_second_process_has_its_loops_from_the_cache(tmp_path: Path) -> None:
+    first, second, other = (run(tmp_path, inner, source=LOOPED) for inner in ("sin", "sin", "cos"))
+    assert not first["cached"] and first["loops"] and not first["graphs"]
+    assert second["cached"] and second["hits"] == 1 and second["graphs"] == 2
+    for key in ("loops", "lowered", "measured", "forward"):
+        assert first[key] == second[key]
+    # The same graph around another body is another entry; the script holds it to eager.
+    assert not other["cached"] and other["loops"] and not other["hits"] and not other["graphs"]
+    assert outside(other) == outside(first) and other["forward"] != first["forward"]
+
+
+def outside(seen: dict) -> list[str]:
+    """The code of a forward around its loops' bodies."""
+    lines = seen["forward"].splitlines()
+    start = next(at for at, line in enumerate(lines) if line.strip().startswith("class "))
+    inner = [at for at, line in enumerate(lines) if line.strip().startswith("class ")][1:]
+    code = lines[start : inner[0] if inner else None]
+    return [line for line in code if not line.strip().startswith("#")]
+
+
+def looped_graph(
+    body: Callable[..., tuple[torch.Tensor, ...]], constant: torch.Tensor
+) -> fx.GraphModule:
+    """A graph of one loop; the constant is the body's."""
+
+    def trip(i: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return i + 1, body(x, constant)
+
+    args = (torch.tensor(0), torch.ones(3))
+    graph = fx.Graph()
+    inputs = [graph.placeholder("i"), graph.placeholder("x")]
+    names = [graph.get_attr("loop_cond_0"), graph.get_attr("loop_body_0")]
+    loop = graph.call_function(torch.ops.higher_order.while_loop, (*names, tuple(inputs), ()))
+    loop.meta["loop"] = None
+    graph.output((graph.call_function(operator.getitem, (loop, 1)),))
+    modules = {
+        "loop_cond_0": make_fx(lambda i, x: i < 3)(*args),
+        "loop_body_0": make_fx(trip)(*args),
+    }
+    return fx.GraphModule(modules, graph)
+
+
+def key_of(gm: fx.GraphModule) -> str:
+    return compiled_fx_graph_hash(gm, [torch.tensor(0), torch.ones(3)], {}, [])[0]
+
+
+def test_what_a_loop_does_is_part_of_the_caches_key() -> None:
+    one, two = torch.arange(3.0), torch.arange(3.0) + 1
+    graph = looped_graph(lambda x, c: x.sin() * c, one)
+    assert key_of(graph) == key_of(looped_graph(lambda x, c: x.sin() * c, one.clone()))
+    others = [
+        looped_graph(lambda x, c: x.cos() * c, one),
+        looped_graph(lambda x, c: x.sin() * c, two),
+    ]
+    assert all(str(other.code) == str(graph.code) for other in others)
+    assert len({key_of(g) for g in (graph, *others)}) == 3
+
+
+def test_only_loops_of_ours_are_cached() -> None:
+    def cached(gm: fx.GraphModule) -> bool:
+        with cached_loops(gm):
+            return torch.ops.higher_order.while_loop.cacheable()
+
+    ours = looped_graph(lambda x, c: x.sin() * c, torch.ones(3))
+    assert cached(ours)
+    for node in ours.graph.nodes:
+        node.meta.pop("loop", None)
+    assert not cached(ours), "a loop of the user's"
+    assert not torch.ops.higher_order.while_loop.cacheable()

@@ -22,11 +22,16 @@ PASSES = ["default", Chunk()]
 
 
 def looped(
-    model: nn.Module, *inputs: torch.Tensor, budget: Any = "min", passes: Any = PASSES, **more: Any
+    model: nn.Module,
+    *inputs: torch.Tensor,
+    budget: Any = "min",
+    passes: Any = PASSES,
+    strict: bool = True,
+    **more: Any,
 ) -> memcompile.Report:
     """The step in loops gives eager's outputs, gradients and buffers; its report."""
     wanted = expected(model, inputs)
-    got, (report,) = planned(model, inputs, budget, passes=passes, strict=True, **more)
+    got, (report,) = planned(model, inputs, budget, passes=passes, strict=strict, **more)
     assert_same(got, wanted)
     return report
 
@@ -43,6 +48,21 @@ def test_a_step_in_loops_is_the_step(name: str) -> None:
     for row in report.loops:
         assert 2 <= row.chunks <= min(row.length, 64)
         assert row.value and row.dim >= 0 and row.source.startswith("chunk_subjects.py:")
+
+
+def test_a_report_says_which_nodes_are_the_loops_of_a_region() -> None:
+    make, given_ = SUBJECTS["attention, longer"]
+    report = looped(make(), given_())
+    points = {point.node: point for point in report.timeline_after}
+    for row in report.loops:
+        sides = {points[node].side for node in row.at}
+        assert sides == {"forward", "backward"}
+        # What a trip makes is temporary: at least its part of the value.
+        assert all(
+            points[node].live["temporaries"] >= row.bytes // row.chunks for node in row.at[:1]
+        )
+    at = [node for row in report.loops for node in row.at]
+    assert sorted(at) == sorted(node for node in points if node.startswith("while_loop"))
 
 
 def both(weights: torch.Tensor, x: torch.Tensor) -> Any:
@@ -247,15 +267,111 @@ def test_a_buffer_that_a_step_writes_to_is_written_once() -> None:
     torch.testing.assert_close(model.seen, wanted.detach())
 
 
-# ---------------------------------------------------------------- where there are no loops
+# ---------------------------------------------------------------- forced and forbidden
 
 
-def test_random_draws_are_not_looped_and_the_same_as_without() -> None:
-    model, x = double(Attention, 8, 2, 0.25), tensor(1, 37, 8)
-    whole, _ = planned(model, [x], None)
-    parts, (report,) = planned(model, [x], "min", passes=PASSES, strict=True)
-    assert_same(parts, whole)
+class Coder(nn.Module):
+    """All pairs of rows, twice; in the backward of ``sin`` is a ``cos``, of ``exp`` neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.ModuleList([Scores(lambda w, x: w.sin().softmax(-1) @ x)])
+        self.decoder = Scores(lambda w, x: (-w.square()).exp() @ x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.encoder[0](x))
+
+
+def in_loops(report: memcompile.Report) -> str:
+    """The code of all loops of a report."""
+    texts = [report.forward, report.backward]
+    parts = [part for text in texts for part in text.split("class ")]
+    return "".join(part for part in parts if part.startswith("loop_body"))
+
+
+def coded(options: str, strict: bool = True) -> str:
+    passes = f"default,chunk{{{options}}}"
+    return in_loops(looped(double(Coder), tensor(37, 4), passes=passes, strict=strict))
+
+
+def test_without_options_every_module_may_be_looped() -> None:
+    code = coded("")
+    assert "aten.sin" in code and "aten.pow" in code
+
+
+@pytest.mark.parametrize("options", ["skip=decoder", "skip='dec*'", "skip=('decoder','*.1')"])
+def test_nothing_of_a_skipped_module_is_looped(options: str) -> None:
+    code = coded(options, strict="*.1" not in options)
+    assert "aten.sin" in code and "aten.pow" not in code
+
+
+@pytest.mark.parametrize("options", ["only=encoder", "only=encoder.0", "only='*.0'"])
+def test_loops_grow_only_from_values_of_the_modules_named(options: str) -> None:
+    code = coded(options)
+    assert "aten.sin" in code and "aten.pow" not in code
+
+
+def test_a_class_stands_for_all_modules_of_it() -> None:
+    report = looped(double(Coder), tensor(37, 4), passes="default,chunk{skip=Scores}")
     assert not report.loops
+
+
+def test_what_is_skipped_wins_over_what_is_named() -> None:
+    code = coded("only=Scores,skip=decoder")
+    assert "aten.sin" in code and "aten.pow" not in code
+
+
+def test_a_skipped_module_stays_whole_where_loops_are_all_there_is() -> None:
+    report = looped(double(Coder), tensor(37, 4), passes="chunk{skip=decoder}")
+    assert report.loops and "aten.pow" not in in_loops(report)
+
+
+class Pairs(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ x.T
+
+
+class Mix(nn.Module):
+    def forward(self, weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return weights.softmax(-1) @ x
+
+
+class Split(nn.Module):
+    """What one module makes whole, another reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs, self.mix = Pairs(), Mix()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mix(self.pairs(x), x)
+
+
+@pytest.mark.parametrize("name", ["pairs", "mix"])
+def test_no_loop_of_another_module_reaches_into_a_skipped_one(name: str) -> None:
+    assert looped(Split(), tensor(37, 4)).loops
+    assert not looped(Split(), tensor(37, 4), passes=f"default,chunk{{skip={name}}}").loops
+
+
+def test_a_name_of_no_module_is_noted_or_under_strict_an_error() -> None:
+    model, x = double(Coder), tensor(37, 4)
+    passes = "default,chunk{skip=decodr}"
+    _, (report,) = planned(model, [x], "min", passes=passes)
+    (note,) = [ran.note for ran in report.passes if ran.by.startswith("chunk")]
+    assert "skip='decodr' is no module of this graph; there are encoder, Scores" in note
+    assert note.startswith("offered ") and report.loops
+    with pytest.raises(memcompile.PassError, match="skip='decodr' is no module of this graph"):
+        planned(model, [x], "min", passes=passes, strict=True)
+
+
+@pytest.mark.parametrize("given", ["skip=0", "only=''", "skip=('a', 3)", "only={'a': 1}"])
+def test_what_names_no_module_is_refused(given: str) -> None:
+    option = given.partition("=")[0]
+    with pytest.raises(memcompile.PassError, match=f"{option}=.* names no modules; write a module"):
+        planned(double(Coder), [tensor(37, 4)], "min", passes=f"default,chunk{{{given}}}")
+
+
+# ---------------------------------------------------------------- where there are no loops
 
 
 def test_symbolic_lengths_are_not_looped() -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from memcompile.analysis.flow import OWN, Flow, rules_for
+from memcompile.analysis.flow import FACTORIES, OWN, Flow, rules_for
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -57,6 +57,8 @@ NAMED = {
     "fma",
     "full",
     "index_add",
+    "inductor_randint",
+    "inductor_random",
     "roll",
     "scatter_add",
     "scatter_reduce",
@@ -66,7 +68,7 @@ NAMED = {
 def test_every_rule_added_by_name_is_there_and_audited() -> None:
     assert set(OWN) >= NAMED
     audited = {case.op._schema.name.split("::")[-1] for case in CASES.values() if case.asked}
-    assert set(OWN) - {"full"} <= audited
+    assert set(OWN) - FACTORIES <= audited
 
 
 # ---------------------------------------------------------------- whatever the lengths
@@ -258,6 +260,27 @@ def test_a_constant_tensor_is_made_in_parts(shape: list[int], value: float) -> N
             flow = rules_for(length).giving(made.node, 0, dim)
             assert flow == Flow((), (dim,))
             hold(made, flow, made.run([], None))
+
+
+DRAWN = {
+    "rand": lambda shape, seed: call(prims.inductor_random.default, shape, seed, "rand"),
+    "randint": lambda shape, seed: call(prims.inductor_randint.default, 0, 9, shape, seed),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_draw_from_a_seed_is_made_in_parts_of_a_whole_seed(name: str) -> None:
+    """That the parts are the draw is held in test_draws.py."""
+    made = DRAWN[name]([6, 5, 7], torch.tensor(3))
+    for dim, length in enumerate([6, 5, 7]):
+        assert rules_for(length).giving(made.node, 0, dim) == Flow((None,), (dim,))
+
+
+@pytest.mark.parametrize("own", [{}, {"align_dtype": torch.bfloat16}], ids=["", "low"])
+def test_a_draw_of_eagers_numbers_is_not_made_in_parts(own: dict[str, Any]) -> None:
+    """``align_random_eager``: what stands for the seed holds two numbers."""
+    made = call(prims.inductor_random.default, [6, 5], torch.tensor([3, 0]), "rand", **own)
+    assert rules_for(6).giving(made.node, 0, 0) is None
 
 
 def test_numbers_that_count_are_not_made_in_parts() -> None:

@@ -87,7 +87,13 @@ def test_private_torch_is_seen(source: str, found: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "room", ["memcompile._torch", "memcompile._torch.fusion", "memcompile._torch.loops"]
+    "room",
+    [
+        "memcompile._torch",
+        "memcompile._torch.draws",
+        "memcompile._torch.fusion",
+        "memcompile._torch.loops",
+    ],
 )
 def test_everything_behind_the_door_is_there(room: str) -> None:
     door = import_module(room)

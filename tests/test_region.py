@@ -75,13 +75,31 @@ def test_a_dimension_of_one_is_no_loop() -> None:
     assert region.find(step, named(step, "div"), 0) is None
 
 
-def test_what_a_random_draw_goes_into_is_no_region() -> None:
+def test_what_a_draw_without_a_seed_goes_into_is_no_region() -> None:
     def drawn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         weights = (q @ k.T).softmax(-1)
         return (weights * torch.rand_like(weights)) @ v
 
     step = joint(drawn, *ATTEND)
     assert region.find(step, named(step, "div"), 0) is None
+
+
+def test_a_draw_from_a_seed_runs_in_both_loops_and_its_seed_outside() -> None:
+    prims = torch.ops.prims
+
+    def drawn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        weights = (q @ k.T).softmax(-1)
+        seed = prims.inductor_lookup_seed(prims.inductor_seeds(1, torch.device("cpu")), 0)
+        return (weights * prims.inductor_random(list(weights.shape), seed, "rand")) @ v
+
+    step = joint(drawn, *ATTEND)
+    found = region.find(step, named(step, "div"), 0)
+    assert found is not None and found.late is not None
+    draw = named(step, "inductor_random")
+    assert found.places[draw] == 0 and found.reads[draw] == (None,)
+    for part in (found.early, found.late):
+        assert draw in part.nodes
+        assert all(part.inputs[a] == {None} for a in draw.all_input_nodes)
 
 
 # ---------------------------------------------------------------- trips

@@ -16,7 +16,7 @@ from hypothesis import given, settings, strategies as st
 
 from memcompile import cli
 from memcompile.folders import reports_folder
-from memcompile.report import KINDS, MoveRow, Point, Ran, Report, ValueRow
+from memcompile.report import KINDS, LoopRow, MoveRow, Point, Ran, Report, ValueRow
 from memcompile.show import change, duration, html, sample, size, text
 
 MIB = 2**20
@@ -84,6 +84,20 @@ def report(layers: int = 12, **changes: Any) -> Report:
         planning_seconds=1.25, schedulings=2,
     )  # fmt: skip
     return dataclasses.replace(made, **changes)
+
+
+def looped(layers: int = 12, **changes: Any) -> Report:
+    """:func:`report` with two of its layers in loops, a loop a side."""
+    rows = tuple(
+        LoopRow(
+            by="chunk{max_chunks=16}", value=f"softmax_{layer}",
+            source=f"model.py:{40 + layer} in forward", dim=2, length=1097, chunks=16, nodes=62,
+            bytes=4 * MIB, peak_before=(90 - layer) * MIB, peak_after=(89 - layer) * MIB,
+            at=(f"softmax_{layer}", f"softmax_{layer}_backward"),
+        )
+        for layer in (0, 1)
+    )  # fmt: skip
+    return report(layers, loops=rows, **changes)
 
 
 def bare(**changes: Any) -> Report:
@@ -190,6 +204,16 @@ def test_repeated_moves_are_one_line() -> None:
     assert grouped == [["recompute", "recompute", "softmax", "12", "48.0", "MiB", "+240.0", "us"]]
 
 
+def test_each_loop_is_a_line_with_its_peaks_and_source() -> None:
+    shown = text(looped(), width=120)
+    lines = [line.split() for line in shown.split("\nLoops\n")[1].split("\n\n")[0].splitlines()]
+    (row,) = [line for line in lines if line[:1] == ["softmax_1"]]
+    assert row[2:-3] == ["2", "1,097", "16", "4.00", "MiB", "89.0", "MiB", "88.0", "MiB"]
+    assert row[-3:] == ["model.py:41", "in", "forward"]
+    assert "2 regions run chunk by chunk: the least peak falls from 90.0 MiB to 88.0 MiB." in shown
+    assert "chunk by chunk" not in text(report())
+
+
 def test_ten_largest_values_with_their_sources() -> None:
     shown = text(report(moves=())).split("Largest values at the peak")[1].split("Passes")[0]
     rows = [line for line in shown.splitlines() if line.startswith("softmax_")]
@@ -230,7 +254,9 @@ def hostile(name: str) -> Report:
     point = Point(name, name, "forward", {"saved": 5}, ((name, 5),))
     return bare(
         name=name, kind=name, torch=name, device=name, budget_text=name, peak_expression=name,
-        moves=(MoveRow(name, name, name, name, 1, 0.1),), passes=(Ran(name, name, True, name),),
+        moves=(MoveRow(name, name, name, name, 1, 0.1),),
+        loops=(LoopRow(name, name, name, 0, 2, 2, 1, 5, 5, 4, (name,)),),
+        passes=(Ran(name, name, True, name),),
         largest=(ValueRow(name, name, name, (name,), name, 5, name),),
         timeline_before=(point,), timeline_after=(point,), graph_before=name, forward=name,
         backward=name, outside=(name,), notes=(name,),
@@ -266,6 +292,22 @@ def test_page_carries_the_report() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("layers", [12, 700])
+def test_the_picture_shows_where_each_loop_runs(layers: int) -> None:
+    data = embedded(html(looped(layers)))
+    assert data["loops"][1] == [
+        "loop around softmax_1", "62 ops in 16 chunks of dimension 2, 1,097 long",
+        "4.00 MiB whole, 256.0 KiB a chunk", "least peak 89.0 MiB → 88.0 MiB",
+        "model.py:41 in forward",
+    ]  # fmt: skip
+    before, after = data["panels"]
+    assert {point["loop"] for point in before["points"]} == {None}
+    at = {point["node"]: point["loop"] for point in after["points"] if point["loop"] is not None}
+    assert at == {
+        "softmax_0": 0, "softmax_0_backward": 0, "softmax_1": 1, "softmax_1_backward": 1
+    }  # fmt: skip
+
+
 @given(st.text(min_size=1) | st.sampled_from(HOSTILE))
 @settings(max_examples=80, deadline=None)
 def test_no_text_breaks_the_page(name: str) -> None:
@@ -276,6 +318,8 @@ def test_no_text_breaks_the_page(name: str) -> None:
     assert data["panels"][0]["points"][0]["node"] == name
     assert data["panels"][0]["points"][0]["largest"] == [[name, 5]]
     assert data["texts"][0] == ["Graph before", name]
+    assert data["loops"][0][0] == f"loop around {name}"
+    assert data["panels"][1]["points"][0]["loop"] == 0
 
 
 def test_empty_report_has_a_page_and_a_text() -> None:
@@ -321,6 +365,7 @@ def test_a_long_timeline_keeps_its_boundary_and_stays_small() -> None:
 def test_json_round_trip() -> None:
     assert Report.from_json(report().to_json()) == report()
     assert Report.from_json(bare().to_json()) == bare()
+    assert Report.from_json(looped().to_json()) == looped()
 
 
 @given(st.text())

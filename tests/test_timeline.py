@@ -119,15 +119,36 @@ def test_an_exponential_on_the_way_is_not_computed_twice() -> None:
     assert twice.real.real[2], "and so do two kernels"
 
 
-def test_kernels_between_two_library_calls_allocate_together_on_a_cpu() -> None:
-    """They are one C++ function: its outputs before it starts, its inputs until it ends."""
-    ops = [
+def kernels_after(size: int) -> list[Op]:
+    """Two kernels between library calls; the first one frees ``size`` bytes."""
+    return [
         source(),
-        Op("one", Kind.EXTERN, (0,), 100),
+        Op("one", Kind.EXTERN, (0,), size),
+        Op("large", Kind.EXTERN, (0,), 1000),
         Op("sum", Kind.REDUCTION, (1,), 10, keep=True),
         Op("other", Kind.REDUCTION, (0,), 40, keep=True),
-        Op("two", Kind.EXTERN, (0,), 5),
+        Op("two", Kind.EXTERN, (2,), 0),
     ]
-    assert simulate(ops).peak == 110
-    assert simulate(ops, grouped=True).peak == 150
-    assert simulate(ops, grouped=True).live[-1] == 55
+
+
+def test_kernels_between_two_library_calls_allocate_together_on_a_cpu() -> None:
+    """They are one C++ function: its outputs before it starts, its inputs until it ends."""
+    ops = kernels_after(50)
+    assert simulate(ops).live[4] == 1050
+    assert simulate(ops, grouped=True).live[4] == 1100
+    assert simulate(ops, grouped=True).live[-1] == 1050
+
+
+def test_a_function_ends_where_it_has_done_with_much() -> None:
+    ops = kernels_after(100)
+    assert simulate(ops).live == simulate(ops, grouped=True).live
+
+
+def test_a_value_that_a_sum_of_the_same_kernel_reads_is_not_written_over() -> None:
+    """Inductor would have to be past the sum before the first result is written."""
+    scores = Op("scores", Kind.EXTERN, (0,), 100)
+    total = Op("sum", Kind.REDUCTION, (1,), 10)
+    softmax = Op("softmax", Kind.POINTWISE, (1, 2), 100, keep=True)
+    doubled = Op("doubled", Kind.POINTWISE, (1,), 100, keep=True)
+    assert simulate([source(), scores, total, softmax]).peak == 200
+    assert simulate([source(), scores, doubled]).peak == 100

@@ -10,18 +10,29 @@ import contextlib
 import weakref
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
+from torch._inductor.codegen.cpp import CppScheduling
 from torch._inductor.virtualized import V
 
-__all__ = ["prompt_kernels"]
+from memcompile._torch import sizevar_hint
+
+__all__ = ["CppScheduling", "V", "prompt_kernels"]
 
 #: How the graphs of loops' bodies are named.
 BODY = "loop_body"
 
 
 @contextlib.contextmanager
-def prompt_kernels() -> Iterator[None]:
-    """Within the block, Inductor fuses nothing that would move a value's life past a library call.
+def prompt_kernels(held: float) -> Iterator[None]:
+    """Within the block, Inductor lets go of values promptly.
+
+    Args:
+        held: the share of the graph's largest buffer that one C++ function may hold of what
+            it has done with. A function frees nothing before it ends, and Inductor puts all
+            kernels between two library calls into one.
+
+    Nor does it fuse what would move a value's life past a library call.
 
     A kernel runs where its last part can. Inductor fuses, say, the half of a parameter's
     gradient that the first use gives with the sum at the other end of the backward, or a
@@ -31,7 +42,9 @@ def prompt_kernels() -> Iterator[None]:
     """
     given = V.choices
     base: Any = type(given)
+    together = CppScheduling.ready_to_flush
     calls: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
+    sizes: weakref.WeakKeyDictionary[Any, dict[str, int]] = weakref.WeakKeyDictionary()
 
     class Prompt(base):  # a user's own heuristics stay in force
         @staticmethod
@@ -48,10 +61,34 @@ def prompt_kernels() -> Iterator[None]:
                 return False
             return bool(base.can_fuse_horizontal(scheduler, one, two, score))
 
+    def ready_to_flush(self: Any) -> bool:
+        scheduler = self.scheduler
+        if scheduler not in sizes:
+            sizes[scheduler] = _sizes(scheduler)
+        size = sizes[scheduler]
+        done = scheduler.buffer_names_to_free - V.graph.removed_buffers
+        largest = max((size[name] for name in scheduler.name_to_buf), default=0)
+        much = sum(size.get(name, 0) for name in done) >= max(1, held * largest)
+        return much or bool(together(self))
+
     prompt = object.__new__(Prompt)
     prompt.__dict__.update(given.__dict__)
-    with V.set_choices_handler(prompt):
+    apart = mock.patch.object(CppScheduling, "ready_to_flush", ready_to_flush)
+    with V.set_choices_handler(prompt), apart:
         yield
+
+
+def _sizes(scheduler: Any) -> dict[str, int]:
+    """Bytes of every buffer and input, by name."""
+    buffers = {name: buffer.node for name, buffer in scheduler.name_to_buf.items()}
+    return {name: _bytes(node) for name, node in (*V.graph.graph_inputs.items(), *buffers.items())}
+
+
+def _bytes(node: Any) -> int:
+    try:
+        return sizevar_hint(V.graph, node.get_numel()) * int(node.get_dtype().itemsize)
+    except (AttributeError, NotImplementedError):  # no tensor
+        return 0
 
 
 def _delays(scheduler: Any, one: Any, two: Any) -> bool:

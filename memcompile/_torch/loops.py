@@ -13,6 +13,8 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch._inductor.config as inductor_config
+from torch import fx
 from torch._higher_order_ops import utils as hop_utils
 from torch._higher_order_ops.utils import check_input_alias_and_mutation
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
@@ -28,6 +30,7 @@ __all__ = [
     "OpSchema",
     "PythonWrapperCodegen",
     "TensorMeta",
+    "cached_loops",
     "check_input_alias_and_mutation",
     "hop_utils",
     "lower_added_products",
@@ -148,4 +151,27 @@ def released_loops() -> Iterator[None]:
         mock.patch.object(PythonWrapperCodegen, "codegen_while_loop", codegen_while_loop),
         mock.patch.object(hop_utils, "check_input_alias_and_mutation", carried_in_order),
     ):
+        yield
+
+
+#: How Inductor's list of ops that may be cached spells a loop.
+_LOOP = "torch.ops.higher_order.while_loop"
+
+
+@contextlib.contextmanager
+def cached_loops(gm: fx.GraphModule) -> Iterator[None]:
+    """Within the block, Inductor's cache takes ``gm`` if all loops in it are ours.
+
+    It takes no loop by itself. Ours are safe: a body is a module of ``gm`` made of aten ops
+    alone, and the cache's key holds the code and the constants of every module. What is
+    kept is the wrapper's source, so what :func:`released_loops` writes is kept too.
+    """
+    loop = torch.ops.higher_order.while_loop
+    graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
+    found = [node for g in graphs for node in g.find_nodes(op="call_function", target=loop)]
+    if not found or not all("loop" in node.meta for node in found):
+        yield
+        return
+    marked = {**inductor_config.unsafe_marked_cacheable_functions, _LOOP: "memcompile"}
+    with inductor_config.patch(unsafe_marked_cacheable_functions=marked):
         yield

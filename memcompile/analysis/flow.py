@@ -57,6 +57,8 @@ class Rules:
 
         What is given as sliced stays so; what is whole may be asked to be sliced.
         """
+        if node.meta.get("no_loop"):  # a pass has said so
+            return None
         places = tuple(places)
         key = (_signature(node), places)
         if key not in self._answers:
@@ -67,9 +69,9 @@ class Rules:
         """A flow through ``node`` that leaves its output number ``output`` sliced along ``dim``."""
         arguments = tensor_args(node)
         nothing: list[Place] = [None] * len(arguments)
-        if not arguments:
+        if op_name(node) in FACTORIES:
             flow = self.given(node, nothing)
-            return Flow((), (dim,)) if flow is not None and op_name(node) in FACTORIES else None
+            return Flow(flow.inputs, (dim,)) if flow is not None else None
         for at, argument in enumerate(arguments):
             for along in range(tensors(argument)[0].dim()):
                 flow = self.given(node, [*nothing[:at], along, *nothing[at + 1 :]])
@@ -141,14 +143,23 @@ class _Leaf:
 
 # -- rules added by name ------------------------------------------------------------------
 
-#: Make a tensor from numbers alone, each element the same: any part is made alike.
-FACTORIES = frozenset({"full"})
+#: Make a tensor along any dimension of which any part can be made alone: of one number,
+#: or of a seed and each element's place.
+FACTORIES = frozenset({"full", "inductor_random", "inductor_randint"})
 
 BOOLEAN = frozenset({"any", "all"})
 
 
 def _factory(node: fx.Node, places: tuple[Place, ...]) -> Flow:
     return Flow((), (None,))
+
+
+def _draw(node: fx.Node, places: tuple[Place, ...]) -> Flow | None:
+    """A draw from a seed, which stays whole."""
+    (seed,) = tensor_args(node)
+    if tensors(seed)[0].dim() or node.kwargs:  # ``align_random_eager``: eager's numbers
+        return None
+    return Flow(places, (None,))
 
 
 def _pointwise(node: fx.Node, places: tuple[Place, ...]) -> Flow | None:
@@ -229,6 +240,8 @@ def _index_add(node: fx.Node, places: tuple[Place, ...]) -> Flow | None:
 
 OWN: dict[str, Callable[[fx.Node, tuple[Place, ...]], Flow | None]] = {
     "full": _factory,
+    "inductor_random": _draw,
+    "inductor_randint": _draw,
     "fma": _pointwise,
     "convert_element_type": _pointwise,
     "cumsum": _same_dims(_scan_dims),

@@ -101,6 +101,9 @@ REDUCTION = frozenset(
 #: Inductor will not compute these twice on a CPU (``should_realize_on_reuse``).
 HEAVY = frozenset({"exp", "sigmoid"})
 
+#: Draws from a seed that Inductor makes a buffer, however few read them.
+DRAWN = frozenset({"inductor_random"})
+
 #: Attention kernels are tagged as random whatever their dropout is.
 _ATTENTION_DROPOUT = {
     "_scaled_dot_product_flash_attention_for_cpu": 3,

@@ -51,6 +51,10 @@ class Op:
 REUSED_READS, ACCUMULATED_READS = 4, 8
 
 
+#: A C++ function ends where what it has done with is this share of the largest value.
+HELD = 1 / 16
+
+
 @dataclasses.dataclass(slots=True)
 class Real:
     """Which ops hold memory, what each reads when it runs, and its compute."""
@@ -59,6 +63,7 @@ class Real:
     reads: list[set[int] | None]
     seconds: list[float]
     awaits: list[int]  #: the library calls each waits for, a bit for each op's place
+    summed: dict[int, set[int]]  #: for some ops: what a reduction in the same kernel reads too
 
 
 def materialise(ops: Sequence[Op]) -> Real:
@@ -106,8 +111,8 @@ def materialise(ops: Sequence[Op]) -> Real:
     for j, copy in enumerate(copied):
         real[j] |= copy
         hard[j] |= copy
-    _drop_inside_kernels(ops, hard, awaits, real, reads, seconds)
-    return Real(real, reads, seconds, awaits)
+    summed = _drop_inside_kernels(ops, hard, awaits, real, reads, seconds)
+    return Real(real, reads, seconds, awaits, summed)
 
 
 def _drop_inside_kernels(
@@ -117,10 +122,11 @@ def _drop_inside_kernels(
     real: list[bool],
     reads: list[set[int] | None],
     seconds: list[float],
-) -> None:
+) -> dict[int, set[int]]:
     """A value that only its own fused kernel reads never reaches memory.
 
     A draw depends on nothing but its seed, so the one kernel that reads it can draw it.
+    Returns, for ops whose kernel holds such a reduction, what that one reads.
     """
     loose = [
         real[j] and not hard[j] and op.kind in (Kind.POINTWISE, Kind.REDUCTION)
@@ -135,19 +141,25 @@ def _drop_inside_kernels(
                 first = start.setdefault(i, j if ops[i].drawn else i)
                 loose[i] = not (awaits[j] & ~awaits[first]) >> first
     inside = {i for i in start if loose[i]}
+    summed: dict[int, set[int]] = {}
     if not inside:
-        return
+        return summed
     for j in range(len(ops)):
         touched = reads[j]
         if touched and not touched.isdisjoint(inside):
             merged = touched - inside
             for i in touched & inside:
                 merged |= reads[i] or set()
+                if ops[i].kind == Kind.REDUCTION:
+                    summed.setdefault(j, set()).update(reads[i] or ())
+                if i in summed:
+                    summed.setdefault(j, set()).update(summed[i])
                 seconds[j] += seconds[i]
                 seconds[i] = 0.0
             reads[j] = merged
     for j in inside:
         real[j] = False
+    return summed
 
 
 @dataclasses.dataclass(slots=True)
@@ -208,13 +220,14 @@ def simulate(ops: Sequence[Op], base: int = 0, grouped: bool = False) -> Timelin
         ops: sources first, then ops in execution order.
         base: bytes alive throughout that no op owns.
         grouped: kernels between two library calls are one call, which allocates all it
-            writes before it starts and frees nothing until it ends (Inductor's C++ does so).
+            writes before it starts and frees nothing until it ends (Inductor's C++ does so),
+            which is where it has done with much (``HELD``).
     """
     real = materialise(ops)
     last = _last_needs(ops, real)
     n = len(ops)
     freed: list[int] = [0] * (n + 1)
-    dies_into: list[list[int]] = [[] for _ in range(n)]
+    dies_into: dict[int, list[int]] = {}
     current = base
     for j, op in enumerate(ops):
         if op.kind == Kind.SOURCE:
@@ -223,15 +236,19 @@ def simulate(ops: Sequence[Op], base: int = 0, grouped: bool = False) -> Timelin
             place = max(last[j], 0)
             freed[place] += op.bytes
             if place != j:
-                dies_into[place].append(op.bytes)
+                dies_into.setdefault(place, []).append(j)
     live = [0] * n
     waiting = 0  # bytes the present call has done with
+    largest = max((op.bytes for j, op in enumerate(ops) if real.real[j]), default=0)
     for j, op in enumerate(ops):
         alone = op.kind >= Kind.EXTERN or not grouped
         if alone:
             current, waiting = current - waiting, 0
         if op.kind != Kind.SOURCE and real.real[j]:
-            reuse = op.kind < Kind.EXTERN and op.bytes in dies_into[j]
+            reuse = op.kind < Kind.EXTERN and any(
+                ops[i].bytes == op.bytes and i not in real.summed.get(j, ())
+                for i in dies_into.get(j, ())
+            )
             current += op.bytes
             live[j] = (current - op.bytes if reuse else current) + op.work
             if reuse:
@@ -240,7 +257,7 @@ def simulate(ops: Sequence[Op], base: int = 0, grouped: bool = False) -> Timelin
         else:
             live[j] = current
         waiting += freed[j]
-        if alone:
+        if alone or waiting >= HELD * largest:
             current, waiting = current - waiting, 0
     return Timeline(ops, real, live, last)
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import ClassVar
 
 import torch
+from torch import fx
 
 from memcompile.contract import Context, Exactness, Loop, Proposer
-from memcompile.step import Step
+from memcompile.step import Step, module_names
 
 #: Chunk counts offered, as far as ``max_chunks`` goes.
 COUNTS = (4, 12, 64)
@@ -28,6 +30,22 @@ class Chunk(Proposer):
 
     max_chunks: int = 64  #: at most so many trips
     least: float = 0.02  #: only values of at least this share of the largest one's bytes
+    only: str | tuple[str, ...] = ()  #: modules whose values loops may grow from; (): any
+    skip: str | tuple[str, ...] = ()  #: modules of which no loop takes anything in
+
+    def __post_init__(self) -> None:
+        for option in ("only", "skip"):
+            given = getattr(self, option)
+            names = [given] if isinstance(given, str) else given
+            if not isinstance(names, (list, tuple)) or not all(
+                isinstance(name, str) and name for name in names
+            ):
+                raise ValueError(
+                    f"{option}={given!r} names no modules; write a module's name or class, such "
+                    f"as {option}=decoder, or several as {option}=('decoder','head.*')"
+                )
+            if isinstance(given, list):
+                object.__setattr__(self, option, tuple(given))
 
     @property
     def exactness(self) -> Exactness:
@@ -36,6 +54,8 @@ class Chunk(Proposer):
 
     def propose(self, step: Step, context: Context) -> Iterable[Loop]:
         """Every dimension long enough, with several chunk counts."""
+        only = self._named("only", step, context)
+        without = frozenset(self._named("skip", step, context))
         values = [
             n
             for n in step.nodes
@@ -45,7 +65,32 @@ class Chunk(Proposer):
         for value in values:
             if step.roots[value] is not value or step.bytes(value) < self.least * largest:
                 continue
+            if value in without or (self.only and value not in only):
+                continue
             for dim, length in enumerate(value.meta["val"].shape):
                 for chunks in COUNTS:
                     if isinstance(length, int) and chunks <= min(length, self.max_chunks):
-                        yield Loop(value, dim, chunks)
+                        yield Loop(value, dim, chunks, without)
+
+    def _named(self, option: str, step: Step, context: Context) -> set[fx.Node]:
+        """The nodes of the modules an option names; a name of none is remarked on."""
+        given = getattr(self, option)
+        found: set[fx.Node] = set()
+        for name in (given,) if isinstance(given, str) else given:
+            nodes = {n for n in step.nodes if any(_matches(m, name) for m in module_names(n))}
+            if not nodes:
+                context.remark(_unknown(option, name, step))
+            found |= nodes
+        return found
+
+
+def _matches(module: str, name: str) -> bool:
+    """Whether a name is the module's path, or the last parts of it; ``*`` is anything."""
+    return fnmatchcase(module, name) or fnmatchcase(module, f"*.{name}")
+
+
+def _unknown(option: str, name: str, step: Step) -> str:
+    """That a name is no module's, and the outermost modules there are."""
+    known = dict.fromkeys(m for n in step.nodes for m in module_names(n) if "." not in m)
+    there = f"there are {', '.join(known)}" if known else "it has no modules"
+    return f"{option}={name!r} is no module of this graph; {there}"
