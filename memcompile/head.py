@@ -26,6 +26,8 @@ from memcompile.step import Step, tensors
 
 aten = torch.ops.aten
 
+#: Nodes that may stand between the number and the region: further up is no head.
+BETWEEN = 50
 #: What has the range that gradients of a loss without its scale need; float16 has not.
 WIDE = frozenset({torch.float32, torch.float64, torch.bfloat16})
 
@@ -115,8 +117,10 @@ def _above(step: Step, late: list[fx.Node], without: fx.Node | None) -> list[fx.
 
 def _linear_between(step: Step, number: fx.Node, late: list[fx.Node]) -> frozenset[fx.Node] | None:
     """The nodes from ``number`` to ``late``; ``None`` unless each is linear in it."""
-    linear = {number}
-    for node in _above(step, late, number):
+    linear, nodes = {number}, _above(step, late, number)
+    if len(nodes) > len(late) + BETWEEN:
+        return None
+    for node in nodes:
         if not _is_linear(node, linear):
             return None
         linear.add(node)

@@ -247,7 +247,7 @@ class Looped:
             name, kind = op_kinds.op_name(node), op_kinds.classify(node)
             heavy, drawn = name in op_kinds.HEAVY, name in op_kinds.DRAWN
             ops.append(Op(node, kind, reads, own, seconds, heavy, drawn))
-        line = simulate(ops, grouped=self.step.device.type == "cpu")
+        line = simulate(ops, grouped=self.step.device.type == "cpu", parted=True)
         buffers = sum(self.step.bytes(n) for n in part.outputs)
         trip = line.seconds(self.rates.memory, self.rates.launch) + TRIP
         return LoopCost(buffers + line.peak, trip * run.count)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from memcompile.analysis.flow import Flow, Place, rules_for, tensor_args
 from memcompile.analysis.ops import op_name
-from memcompile.loop import SHAPE_AT, trips
+from memcompile.body import SHAPE_AT, trips
 
 #: How far parts put together may be from the whole: another order of adding up.
 CLOSE = {

@@ -1,5 +1,7 @@
 """Which ops hold memory, and for how long: lists of ops, no graphs."""
 
+import pytest
+
 from memcompile.analysis.timeline import Kind, Op, Timeline, simulate
 
 DRAW, READ, CALLED = 1000, 10, 30  #: bytes
@@ -152,3 +154,18 @@ def test_a_value_that_a_sum_of_the_same_kernel_reads_is_not_written_over() -> No
     doubled = Op("doubled", Kind.POINTWISE, (1,), 100, keep=True)
     assert simulate([source(), scores, total, softmax]).peak == 200
     assert simulate([source(), scores, doubled]).peak == 100
+
+
+@pytest.mark.parametrize("third", [True, False])
+def test_in_a_loops_body_a_third_reader_parts_sums_from_what_overwrites(third: bool) -> None:
+    ops = [
+        Op("w", Kind.SOURCE, (), 0, owned=False),
+        Op("product", Kind.EXTERN, (0,), 1000),
+        Op("sums", Kind.REDUCTION, (1,), 10),
+        Op("one of them", Kind.POINTWISE, (1, 2) if third else (2,), 0, keep=True),
+        Op("gradient", Kind.POINTWISE, (1, 2), 1000),
+        Op("reader", Kind.EXTERN, (4,), 10),
+    ]
+    whole, parted = (simulate(ops, grouped=True, parted=parted).peak for parted in (False, True))
+    assert whole >= 2000
+    assert (parted < 1500) is third

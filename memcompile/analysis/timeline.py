@@ -64,6 +64,7 @@ class Real:
     seconds: list[float]
     awaits: list[int]  #: the library calls each waits for, a bit for each op's place
     summed: dict[int, set[int]]  #: for some ops: what a reduction in the same kernel reads too
+    own: list[set[int]]  #: what each reads itself, other ops of its kernel left out
 
 
 def materialise(ops: Sequence[Op]) -> Real:
@@ -111,8 +112,9 @@ def materialise(ops: Sequence[Op]) -> Real:
     for j, copy in enumerate(copied):
         real[j] |= copy
         hard[j] |= copy
+    own = [touched or set() for touched in reads]
     summed = _drop_inside_kernels(ops, hard, awaits, real, reads, seconds)
-    return Real(real, reads, seconds, awaits, summed)
+    return Real(real, reads, seconds, awaits, summed, own)
 
 
 def _drop_inside_kernels(
@@ -213,7 +215,9 @@ class Timeline:
         return total
 
 
-def simulate(ops: Sequence[Op], base: int = 0, grouped: bool = False) -> Timeline:
+def simulate(
+    ops: Sequence[Op], base: int = 0, grouped: bool = False, parted: bool = False
+) -> Timeline:
     """Walk ``ops`` once: allocate outputs, then free what was read for the last time.
 
     Args:
@@ -222,6 +226,8 @@ def simulate(ops: Sequence[Op], base: int = 0, grouped: bool = False) -> Timelin
         grouped: kernels between two library calls are one call, which allocates all it
             writes before it starts and frees nothing until it ends (Inductor's C++ does so),
             which is where it has done with much (``HELD``).
+        parted: what reads a value for its sums and then writes in its place are two kernels
+            where a third reads it too and waits for the sums (in a loop's body they are).
     """
     real = materialise(ops)
     last = _last_needs(ops, real)
@@ -245,9 +251,12 @@ def simulate(ops: Sequence[Op], base: int = 0, grouped: bool = False) -> Timelin
         if alone:
             current, waiting = current - waiting, 0
         if op.kind != Kind.SOURCE and real.real[j]:
+            summed = real.summed.get(j, set())
+            if parted and summed:
+                thirds = (read & real.own[k] for k, read in real.summed.items() if k < j)
+                summed = summed - set().union(*thirds)
             reuse = op.kind < Kind.EXTERN and any(
-                ops[i].bytes == op.bytes and i not in real.summed.get(j, ())
-                for i in dies_into.get(j, ())
+                ops[i].bytes == op.bytes and i not in summed for i in dies_into.get(j, ())
             )
             current += op.bytes
             live[j] = (current - op.bytes if reuse else current) + op.work
