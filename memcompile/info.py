@@ -76,9 +76,10 @@ def read_fragment(step: Step, node: fx.Node, rates: Rates, fused: bool) -> Info:
 
 def _seconds(node: fx.Node, rates: Rates) -> float:
     """Seconds of the node's arithmetic, noted on it: copies of a graph are drafted many times."""
+    what = rates, node.target, [tuple(t.shape) for t in tensors(node)]
     noted = node.meta.get("seconds")
-    if noted is None or noted[0] is not rates:
-        noted = node.meta["seconds"] = rates, node_seconds(node, rates, materialised=False)
+    if noted is None or noted[0] != what:  # what is made after another node may have its notes
+        noted = node.meta["seconds"] = what, node_seconds(node, rates, materialised=False)
     return float(noted[1])
 
 

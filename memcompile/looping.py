@@ -27,6 +27,8 @@ from memcompile.step import source_line
 ROUNDS, WIDEST = 24, 4
 #: What a round must lower the excess to, as a share of itself.
 ENOUGH = 0.95
+#: How high one moment may stand on the way, as a share of the peak, for others to come down.
+RISE = 1.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +180,8 @@ class _Search:
             for number, form in enumerate(found)
             for loop in loops
         ]
-        return [new for new in made if new is not None and new.peak <= state.peak]
+        most = _line(state, RISE)
+        return [new for new in made if new is not None and new.peak <= most]
 
     def _apply(self, state: _State, form: Form, number: int, loop: Loop) -> _State | None:
         """The state with one more loop; ``None`` where it cannot be written."""
@@ -214,14 +217,18 @@ def _by_dim(loops: list[Loop], value: fx.Node) -> list[list[Loop]]:
     return [sorted(same, key=lambda loop: loop.chunks) for same in found.values()]
 
 
+def _line(state: _State, share: float) -> int:
+    """A share of the peak, in total bytes."""
+    before = state.planner.draft.before
+    return before + int(share * (state.peak - before))
+
+
 def _excess(state: _State, start: _State, share: float) -> int:
     """How much the step rises above ``share`` of what it was, summed over its moments.
 
     Layers that are alike have peaks that are alike: one loop lowers one of them.
     """
-    before = state.planner.draft.before
-    line = before + int(share * (start.peak - before))
-    drafted = state.drafted
+    line, drafted = _line(start, share), state.drafted
     moments = (*drafted.forward.live, *drafted.backward.live)
     return sum(live - line for live in moments if live > line)
 

@@ -21,6 +21,18 @@ from memcompile.step import Step, module_names
 COUNTS = (4, 12, 24, 64)
 
 
+def _counts(length: int, most: int) -> list[int]:
+    """Chunk counts to offer, at most ``most``, such as divide the length where one is near.
+
+    A shorter last chunk costs a second loop; up to twice as many chunks avoid it.
+    """
+    found = []
+    for count in COUNTS:
+        near = range(count, min(2 * count, most + 1))
+        found += [next((n for n in near if length % n == 0), count)] if count <= most else []
+    return list(dict.fromkeys(found))
+
+
 @dataclasses.dataclass(frozen=True)
 class Chunk(Proposer):
     """Offer loops over every dimension of every value that owns memory."""
@@ -68,8 +80,8 @@ class Chunk(Proposer):
             if value in without or (self.only and value not in only):
                 continue
             for dim, length in enumerate(value.meta["val"].shape):
-                for chunks in COUNTS:
-                    if isinstance(length, int) and chunks <= min(length, self.max_chunks):
+                if isinstance(length, int):
+                    for chunks in _counts(length, min(length, self.max_chunks)):
                         yield Loop(value, dim, chunks, without)
 
     def _named(self, option: str, step: Step, context: Context) -> set[fx.Node]:
