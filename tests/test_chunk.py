@@ -54,9 +54,9 @@ def test_a_report_says_which_nodes_are_the_loops_of_a_region() -> None:
     make, given_ = SUBJECTS["attention, longer"]
     report = looped(make(), given_())
     points = {point.node: point for point in report.timeline_after}
+    sides = [{points[node].side for node in row.at} for row in report.loops]
+    assert {"forward", "backward"} in sides  # the scores'; others may be over gradients alone
     for row in report.loops:
-        sides = {points[node].side for node in row.at}
-        assert sides == {"forward", "backward"}
         # What a trip makes is temporary: at least its part of the value.
         assert all(
             points[node].live["temporaries"] >= row.bytes // row.chunks for node in row.at[:1]
