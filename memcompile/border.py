@@ -31,7 +31,7 @@ def widened(step: Step, found: Region) -> Region | None:
         step: the step.
         found: a region of it.
     """
-    return _Border(step, found).best()
+    return Border(step, found).best()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class _Take:
     bytes: int  #: that cross the border then and did not before, less those that do no more
 
 
-class _Border:
+class Border:
     def __init__(self, step: Step, found: Region) -> None:
         self.step, self.now = step, found
         self.rules: Rules = rules_for(found.seed.meta["val"].shape[found.dim])
