@@ -34,7 +34,7 @@ from memcompile.plan import Drafted, Plan
 from memcompile.planner import Planner
 from memcompile.refusal import refuse
 from memcompile.report import LoopRow
-from memcompile.search import Search, Tried
+from memcompile.search import Search, Tried, fits_surely
 from memcompile.split import Split, inductor_split, split
 from memcompile.step import Step, must_recompute, must_save, source_line
 from memcompile.symbolic import peak_expressions
@@ -105,7 +105,7 @@ class Compiler:
             pass
         elif budget is None or chosen.peak > budget:
             plain = ladder = planner.build()
-            if loops:
+            if loops and not fits_surely(plain, step.input_bytes(), budget, self.held):
                 ladder = self._with_loops(planner, loops)
             chosen = self._search(step, ladder, first, budget, plain)
         explained = explain(
@@ -152,6 +152,8 @@ class Compiler:
         self._note(unseeded(loops))
         found = with_loops(planner, plain.floor.plan, loops, self._anew, self._loop_failed)
         self.looped = {looped.draft.step: rows for looped, rows in found}
+        for looped, _ in found:
+            looped.limit //= len(found)
         return _merged(plain, *(looped.build() for looped, _ in found))
 
     def _loop_failed(self, loop: Loop, error: Exception) -> None:

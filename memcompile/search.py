@@ -13,6 +13,8 @@ from memcompile.step import Step
 
 #: Share of the room that is aimed for: what a draft leaves out is small, but not nothing.
 AIM = 0.995
+#: A rung drafted within this share of the room fits, whatever the draft leaves out.
+SURE = 0.9
 #: A draft further above what was lowered than this wastes memory, and is tried anew.
 WASTE = 0.95
 
@@ -41,6 +43,13 @@ class Tried:
 
 #: Total bytes of a split once lowered: buffers pooled, and not.
 Lower = Callable[[Step, Split, Drafted], tuple[int, int]]
+
+
+def fits_surely(ladder: Ladder, inputs: int, budget: int | None, held: int) -> bool:
+    """Whether some rung is drafted well within ``budget`` total bytes; never for ``None``."""
+    if budget is None:
+        return False
+    return ladder.fit(inputs + int(SURE * (budget - inputs - held))) is not None
 
 
 class Search:

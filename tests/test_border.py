@@ -62,7 +62,7 @@ def test_less_crosses_the_moved_border(name: str) -> None:
 
 
 def test_a_loop_reads_what_its_projections_are_made_of() -> None:
-    step, grown, wide = found("pairs")
+    step, _, wide = found("pairs")
     assert wide.late is not None
     sizes = [step.bytes(step.roots[n]) for n in wide.early.inputs]
     assert max(sizes) == step.bytes(step.primals[0]), "the pairs, no projection of them"
@@ -72,7 +72,7 @@ def test_a_loop_reads_what_its_projections_are_made_of() -> None:
 
 
 def test_what_others_read_too_runs_outside_as_well() -> None:
-    step, _, wide = found("pairs")
+    _, _, wide = found("pairs")
     assert wide.again
     inside = set(wide.places) - wide.again
     for node in wide.again:
