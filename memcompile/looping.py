@@ -48,7 +48,7 @@ class _Aim:
 SHALLOW, DEEPER, DEEPEST = (
     _Aim(0.75, 0.05),
     _Aim(0.25, 0.33, spread=True),
-    _Aim(0.1, 0.05, spread=True),
+    _Aim(0.1, 0.0),
 )
 
 
