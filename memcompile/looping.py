@@ -170,7 +170,11 @@ class _Search:
         key = state.shape, loop.value.name, loop.dim
         if key not in self.known_forms:
             step = state.planner.draft.step
-            self.known_forms[key] = list(forms(step, loop.value, loop.dim))
+            self.known_forms[key] = []
+            try:
+                self.known_forms[key] = list(forms(step, loop.value, loop.dim))
+            except Exception as error:  # a graph that no rule foresaw
+                self.failed(loop, error)
         return self.known_forms[key]
 
     def _tried(self, state: _State, found: list[Form], loops: list[Loop]) -> list[_State]:

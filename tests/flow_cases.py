@@ -45,13 +45,39 @@ def c(op: Any, *args: Any, asked: str, **more: Any) -> Case:
     return Case(op, args, asked, more)
 
 
+UNARY = """
+abs alias atan ceil cos erfc expm1 floor isnan log log1p neg reciprocal round rsqrt sigmoid sign
+sin sqrt tan tanh trunc
+"""
+
+
 def cases() -> dict[str, Case]:
     torch.manual_seed(0)
     x, y = f(6, 5, 4), f(6, 5, 4)
     points = "a0>0 a1>1 a2>2"
     both = f"{points} b0>0 b1>1 b2>2"
     window = [[2, 2], [2, 2]]
+    above, truth = x.abs() + 0.1, b(6, 5, 4)
+    plain = {name: c(getattr(aten, name).default, above, asked=points) for name in UNARY.split()}
+    compared = {
+        name: c(getattr(aten, name).Tensor, x, f(5, 1), asked=f"{points} b0>1")
+        for name in ["ge", "gt", "lt", "ne"]
+    }
+    logical = {
+        name: c(getattr(aten, name).default, truth, b(5, 1), asked=f"{points} b0>1")
+        for name in ["logical_and", "logical_or"]
+    }
     return {
+        **plain, **compared, **logical,
+        "logical_not": c(aten.logical_not.default, truth, asked=points),
+        "bitwise_not": c(aten.bitwise_not.default, truth, asked=points),
+        "bitwise_or": c(aten.bitwise_or.Tensor, truth, b(5, 1), asked=f"{points} b0>1"),
+        "clamp": c(aten.clamp.default, x, -0.5, 0.5, asked=points),
+        "clamp_max": c(aten.clamp_max.default, x, 0.5, asked=points),
+        "minimum": c(aten.minimum.default, x, f(5, 1), asked=f"{points} b0>1"),
+        "unsafe view": c(aten._unsafe_view.default, x, [6, 20], asked="a0>0"),
+        "cat": c(aten.cat.default, [x, y, f(6, 5, 3)], -1, asked="a0>0 a1>1 b0>0 b1>1"),
+        "cat along the first": c(aten.cat.default, [f(6, 5), f(4, 5)], asked="a1>1 b1>1"),
         # -- elementwise, broadcasting
         "add": c(aten.add.Tensor, x, y, asked=both, alpha=2),
         "add a row": c(aten.add.Tensor, x, f(4), asked=f"{points} b0>2"),
@@ -96,6 +122,7 @@ def cases() -> dict[str, Case]:
         "amin": c(aten.amin.default, x, [0, 1], asked="a0>min a1>min a2>0"),
         "amax of ints": c(aten.amax.default, i(6, 7, below=9), [1], asked="a0>0 a1>max"),
         "var_mean": c(aten.var_mean.correction, x, [2], asked="a0>0,0 a1>1,1", correction=0),
+        "split": c(aten.split.Tensor, x, 2, 1, asked="a0>0,0,0 a2>2,2,2"),
         "prod": c(aten.prod.dim_int, x, 1, asked="a0>0 a2>1"),
         "any of two": c(aten.any.dims, b(6, 5, 4), [0, 2], asked=""),
         "any": c(aten.any.dim, b(6, 5, 4), 1, asked="a0>0 a2>1"),
