@@ -96,8 +96,9 @@ def test_each_piece_gets_what_the_pieces_before_it_leave() -> None:
     # What a piece hands on is in its own bytes and in the next one's inputs.
     assert second.held_before == first.held_after - HIDDEN
     assert third.held_before == first.held_after + second.held_after - 2 * HIDDEN
-    for report, names in ((second, "graph 0"), (third, "graph 0, graph 1")):
+    for report, holders in ((second, (first,)), (third, (first, second))):
         size = format_bytes(report.held_before)
+        names = ", ".join(f"graph {holder.index}" for holder in holders)
         assert report.notes == (f"a piece of a graph that was split: {size} are held by {names}",)
     assert first.lowered < second.lowered < third.lowered
 
