@@ -290,7 +290,7 @@ class Compiler:
             planner = self._whole_planner(late, proposals)
             plain = ladder = planner.build()
             loops = _sorted(self.pipeline.offers(step, again=True))[1]
-            if loops:
+            if loops and not fits_surely(plain, step.input_bytes(), budget, self.held):
                 ladder = _merged(plain, self._whole_with_loops(step, loops))
             step, floor = late, ladder.floor.peak
             first = dataclasses.replace(first, step=late, drafted=planner.ground_draft)
