@@ -6,10 +6,11 @@ import dataclasses
 
 from torch import fx
 
+from memcompile import scratch
 from memcompile.analysis import ops as op_kinds
 from memcompile.analysis.cost import Rates, node_seconds
 from memcompile.analysis.timeline import Kind, Op
-from memcompile.step import Step, is_reshaped, tensors
+from memcompile.step import Step, hint, is_reshaped, tensor_size, tensors
 
 
 @dataclasses.dataclass(slots=True)
@@ -58,6 +59,7 @@ def read_node(step: Step, node: fx.Node, rates: Rates, fused: bool) -> Info:
         0.0 if kind == Kind.SOURCE or view else _seconds(node, rates),
         op_kinds.op_name(node) in op_kinds.HEAVY,
         _is_drawn(node, fused),
+        _work(node, several) if fused and kind == Kind.EXTERN else 0,
         reshaped=frozenset(k for k, root in enumerate(inputs) if root not in straight),
     )
 
@@ -71,6 +73,14 @@ def read_fragment(step: Step, node: fx.Node, rates: Rates, fused: bool) -> Info:
         node_seconds(node, rates, materialised=False),
         op_kinds.op_name(node) in op_kinds.HEAVY,
         _is_drawn(node, fused),
+    )
+
+
+def _work(node: fx.Node, several: bool) -> int:
+    """Bytes alive inside a library op beside what it reads and, where it is one, its result."""
+    inside = scratch.of_node(node)
+    return (
+        inside + sum(hint(tensor_size(t)) for t in tensors(node)) if inside and several else inside
     )
 
 

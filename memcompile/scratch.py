@@ -14,10 +14,13 @@ import json
 from typing import Any
 
 import torch
+from torch import fx
 
 from memcompile import _torch
+from memcompile.analysis.ops import op_name
 from memcompile.folders import cache_folder, replace_text
 from memcompile.measure import measure_peak, tensor_bytes
+from memcompile.step import hint
 
 
 def of(kernel: Any) -> int:
@@ -32,6 +35,35 @@ def of(kernel: Any) -> int:
         return _measured(_Call(op, args, kwargs))
     except Exception:  # a calibration that fails must not fail the compilation
         return 0
+
+
+#: Ops that Inductor calls as they are and that allocate within themselves.
+LIBRARY = frozenset(
+    """
+    convolution_backward _scaled_dot_product_flash_attention_for_cpu
+    _scaled_dot_product_flash_attention_for_cpu_backward
+    """.split()  # noqa: SIM905
+)
+
+
+def of_node(node: fx.Node) -> int:
+    """Scratch bytes of a node that will be such an op; 0 for any other, or when it is unknown."""
+    op = node.target
+    if not isinstance(op, _torch.OpOverload) or op_name(node) not in LIBRARY:
+        return 0
+    try:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), _shape_of)
+        return _measured(_Call(op, args, kwargs))
+    except Exception:  # as above; a draft without it is corrected by the lowering
+        return 0
+
+
+def _shape_of(node: fx.Node) -> Any:
+    value = node.meta["val"]
+    if not isinstance(value, torch.Tensor):
+        return hint(value)
+    size, stride = (tuple(hint(n) for n in ns) for ns in (value.shape, value.stride()))
+    return _torch.TensorShape(size, stride, value.dtype, value.device)
 
 
 class _Call:

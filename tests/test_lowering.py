@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import memcompile
-from memcompile import backend
+from memcompile import backend, scratch
 
 pytestmark = pytest.mark.slow
 
@@ -117,3 +117,18 @@ def test_over_many_budgets_peaks_fall_times_rise_and_the_schedule_is_the_draft(
         assert report.lowered <= 1.02 * min(lowered[place:])
         drafted, real = report.predicted - report.before, report.lowered - report.before
         assert abs(real / drafted - 1) <= 0.05
+
+
+def test_what_a_convolution_allocates_inside_itself_is_drafted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.Sequential(nn.Conv3d(2, 16, 3, padding=1), nn.ReLU(), nn.Conv3d(16, 2, 3, padding=1))
+    inputs = [torch.randn(1, 2, 16, 16, 16)]
+
+    def off() -> float:
+        report = dry(lambda x: model(x).square().mean(), inputs, None)
+        return abs((report.lowered - report.before) / (report.predicted - report.before) - 1)
+
+    assert off() <= 0.02
+    monkeypatch.setattr(scratch, "LIBRARY", frozenset())
+    assert off() > 0.1
