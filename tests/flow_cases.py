@@ -46,8 +46,8 @@ def c(op: Any, *args: Any, asked: str, **more: Any) -> Case:
 
 
 UNARY = """
-abs alias atan ceil cos erfc expm1 floor isnan log log1p neg reciprocal round rsqrt sigmoid sign
-sin sqrt tan tanh trunc
+abs acos acosh alias asin asinh atan atanh ceil cos cosh erfc exp2 expm1 floor isnan log log10 log1p
+log2 neg reciprocal round rsqrt sgn sigmoid sign sin sinh sqrt tan tanh trunc
 """
 
 
@@ -67,8 +67,34 @@ def cases() -> dict[str, Case]:
         name: c(getattr(aten, name).default, truth, b(5, 1), asked=f"{points} b0>1")
         for name in ["logical_and", "logical_or"]
     }
+    binary = {
+        name: c(op, above, f(5, 1).abs() + 0.1, asked=f"{points} b0>1")
+        for name, op in {
+            "atan2": aten.atan2.default,
+            "hypot": aten.hypot.default,
+            "fmod": aten.fmod.Tensor,
+            "remainder": aten.remainder.Tensor,
+        }.items()
+    }
+    logical["logical_xor"] = c(aten.logical_xor.default, truth, b(5, 1), asked=f"{points} b0>1")
     return {
-        **plain, **compared, **logical,
+        **plain, **compared, **logical, **binary,
+        "bitwise_xor": c(aten.bitwise_xor.Tensor, truth, b(5, 1), asked=f"{points} b0>1"),
+        "scatter a number": c(
+            aten.scatter.value, f(6, 9), 1, i(6, 1, below=9), -1.0, asked="a0>0 b0>0"
+        ),
+        "scatter": c(
+            aten.scatter.src, f(6, 9), 1, i(6, 2, below=9), f(6, 2), asked="a0>0 b0>0 c0>0"
+        ),
+        "sort": c(aten.sort.default, x, 1, asked="a0>0,0 a2>2,2"),
+        "view as real": c(aten.view_as_real.default, torch.complex(x, y), asked=points),
+        "view as complex": c(aten.view_as_complex.default, f(6, 5, 2), asked="a0>0 a1>1"),
+        "slice_scatter": c(
+            aten.slice_scatter.default, x, f(6, 2, 4), 1, 1, 3, asked="a0>0 a2>2"
+        ),
+        "select_scatter": c(
+            aten.select_scatter.default, x, f(6, 4), 1, 2, asked="a0>0 a2>2 b0>0 b1>2"
+        ),
         "logical_not": c(aten.logical_not.default, truth, asked=points),
         "bitwise_not": c(aten.bitwise_not.default, truth, asked=points),
         "bitwise_or": c(aten.bitwise_or.Tensor, truth, b(5, 1), asked=f"{points} b0>1"),

@@ -274,14 +274,15 @@ OWN: dict[str, Callable[[fx.Node, tuple[Place, ...]], Flow | None]] = {
 #: all of DTensor's are right (``any``, ``cat``), and what nobody has checked stops the flow.
 AUDITED = frozenset(
     """
-    _softmax _unsafe_view abs add addmm alias amax amin any argmax atan avg_pool2d baddbmm
-    bitwise_and bitwise_not bitwise_or bmm ceil clamp clamp_max clamp_min clone constant_pad_nd
-    convolution cos div embedding eq erf erfc exp expand expm1 floor ge gather gt index
-    index_select isnan le log log1p logical_and logical_not logical_or lt
-    max_pool2d_with_indices maximum mean minimum mm mul native_layer_norm ne neg permute pow prod
-    reciprocal relu repeat reshape round rsqrt select sigmoid sign sin slice split sqrt squeeze
-    sub sum tan tanh tril trunc unsqueeze upsample_bilinear2d upsample_nearest2d var_mean view
-    where
+    _softmax _unsafe_view abs acos acosh add addmm alias amax amin any argmax asin asinh atan
+    atan2 atanh avg_pool2d baddbmm bitwise_and bitwise_not bitwise_or bitwise_xor bmm ceil
+    clamp clamp_max clamp_min clone constant_pad_nd convolution cos cosh div embedding eq erf
+    erfc exp exp2 expand expm1 floor fmod gather ge gt hypot index index_select isnan le log
+    log10 log1p log2 logical_and logical_not logical_or logical_xor lt max_pool2d_with_indices
+    maximum mean minimum mm mul native_layer_norm ne neg permute pow prod reciprocal relu
+    remainder repeat reshape round rsqrt scatter select select_scatter sgn sigmoid sign sin
+    sinh slice slice_scatter sort split sqrt squeeze sub sum tan tanh tril trunc unsqueeze
+    upsample_bilinear2d upsample_nearest2d var_mean view view_as_complex view_as_real where
     """.split()  # noqa: SIM905
 )
 
