@@ -45,6 +45,13 @@ class _Take:
 
 
 class Border:
+    """A region whose border is being moved, node by node.
+
+    Args:
+        step: the step.
+        found: the region to start from.
+    """
+
     def __init__(self, step: Step, found: Region) -> None:
         self.step, self.now = step, found
         self.rules: Rules = rules_for(found.seed.meta["val"].shape[found.dim])
@@ -57,7 +64,8 @@ class Border:
         first = least = self.crossing(self.now)
         best: Region | None = None
         slack = max((self.step.bytes(r) for p in self._parts() for r in self._roots(p)), default=0)
-        while len(self.places) < len(self.now.places) + MOST:
+        most = len(self.places) + MOST
+        while len(self.places) < most:
             take = min(self._takes(), key=lambda t: (t.bytes, self._place(t.node)), default=None)
             if take is None or take.bytes > slack:
                 break
