@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 from sides import Side
 from subjects import Subject
-from tables import COLOURS, grid, mb
+from tables import grid, mb, show_verdicts
 from torch._inductor.utils import fresh_cache
 from verdicts import Verdict, tally
 
@@ -163,10 +163,7 @@ def show(console: Console, found: Found, verdicts: Sequence[Verdict]) -> None:
     for line in lines:
         table.add_row(*(escape(line[i]) for i in used))
     console.print(table)
-    for verdict in verdicts:
-        colour = COLOURS[verdict.status]
-        text = f"{verdict.subject}: {verdict.limit}: {verdict.figure}"
-        console.print(f"[{colour}]{verdict.status:>12}[/]  {escape(text)}", highlight=False)
+    show_verdicts(console, verdicts)
 
 
 def title(found: Found) -> str:

@@ -138,10 +138,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="write the tables to a .md file, or a folder; alone: to benchmarks/results/",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    args.subjects = [name for name in args.subjects.split(",") if name]
-    unknown = sorted(set(args.subjects) - set(LIMITS))
-    if unknown or not args.subjects:
-        parser.error(f"--subjects {','.join(unknown)}: choose from {', '.join(LIMITS)}")
+    args.subjects = run.named_subjects(parser, args.subjects, LIMITS)
     if args.longest and not {"attention", "evoformer"} & set(args.subjects):
         parser.error("--longest: choose --subjects from attention, evoformer")
     args.ways = [way.strip() for way in args.ways.split(";") if way]

@@ -22,7 +22,7 @@ import dataclasses  # noqa: E402
 import datetime  # noqa: E402
 import json  # noqa: E402
 import platform  # noqa: E402
-from collections.abc import Callable, Sequence  # noqa: E402
+from collections.abc import Callable, Collection, Sequence  # noqa: E402
 
 import torch  # noqa: E402
 from measuring import Plan, measure  # noqa: E402
@@ -118,6 +118,15 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
+def named_subjects(parser: argparse.ArgumentParser, text: str, known: Collection[str]) -> list[str]:
+    """What ``--subjects`` names; a usage error where that is nothing, or not known."""
+    names = [name for name in text.split(",") if name]
+    unknown = sorted(set(names) - set(known))
+    if unknown or not names:
+        parser.error(f"--subjects {','.join(unknown)}: choose from {', '.join(known)}")
+    return names
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; ``args.plan`` holds what to measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -145,10 +154,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="write the tables to a .md file, or a folder; alone: to benchmarks/results/",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    args.subjects = [name for name in args.subjects.split(",") if name]
-    unknown = sorted(set(args.subjects) - set(SUBJECTS))
-    if unknown or not args.subjects:
-        parser.error(f"--subjects {','.join(unknown)}: choose from {', '.join(SUBJECTS)}")
+    args.subjects = named_subjects(parser, args.subjects, SUBJECTS)
     defaults = Plan(3, 5, (0.3,)) if args.quick else Plan()
     budgets = defaults.budgets if args.budgets is None else args.budgets
     pairs = defaults.pairs if args.pairs is None else args.pairs

@@ -32,6 +32,11 @@ def show(console: Console, found: Found, verdicts: Sequence[Verdict]) -> None:
         for line in duel_lines(found):
             duels.add_row(*(escape(cell) for cell in line))
         console.print(duels)
+    show_verdicts(console, verdicts)
+
+
+def show_verdicts(console: Console, verdicts: Sequence[Verdict]) -> None:
+    """A line each, its status in colour."""
     for verdict in verdicts:
         colour = COLOURS[verdict.status]
         text = f"{verdict.subject}: {verdict.limit}: {verdict.figure}"
