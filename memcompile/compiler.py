@@ -7,12 +7,9 @@ error that the first one showed.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import gc
 import operator
 import time
-from collections.abc import Iterator
 
 from torch import fx
 
@@ -25,6 +22,7 @@ from memcompile.contract import Loop, Proposal
 from memcompile.draft import Draft
 from memcompile.errors import PassError
 from memcompile.explain import Explained, explain, number_loops
+from memcompile.garbage import uncollected
 from memcompile.ladder import Ladder
 from memcompile.looping import unseeded, with_loops
 from memcompile.lowering import Lowering
@@ -38,18 +36,6 @@ from memcompile.search import Search, Tried, fits_surely
 from memcompile.split import Split, inductor_split, split
 from memcompile.step import Step, must_recompute, must_save, source_line
 from memcompile.symbolic import peak_expressions
-
-
-@contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """Without cyclic garbage collection: walking all of torch is a quarter of planning."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 @dataclasses.dataclass

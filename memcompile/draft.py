@@ -7,7 +7,7 @@ drafting without it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from torch import fx
 
@@ -139,7 +139,7 @@ class Draft:
             if what.kind == Kind.SOURCE:
                 ops.append(Op(node, Kind.SOURCE, (), 0, owned=False, traffic=what.bytes))
                 continue
-            inputs = tuple(place[i] for i in what.inputs)
+            inputs = tuple([place[i] for i in what.inputs])
             ops.append(what.op(node, inputs, node in keep))
             move = plan.rebuilt.get(node)
             if move is not None and move.rebuild is not None and move.rebuild.encode is not None:
@@ -214,12 +214,11 @@ class _Backward:
         """Lay out ``node`` and whatever it needs that is not there yet, in step order."""
         if node in self.place:
             return
-        if node not in self.early and all(i in self.place for i in self.draft.info[node].inputs):
-            return self._lay(node)
-        order = self.draft.step.order
-        for missing in sorted(self._missing(node), key=order.__getitem__):
-            if missing not in self.place:
-                self._lay(missing)
+        missing = self._missing(node)
+        if len(missing) > 1:
+            missing = sorted(missing, key=self.draft.step.order.__getitem__)
+        for each in missing:
+            self._lay(each)
 
     def _is_kept(self, node: fx.Node) -> bool:
         """Chosen to be kept, or neither able to run twice nor rebuilt in another way."""
@@ -229,21 +228,23 @@ class _Backward:
             return True
         return node not in self.draft.again and node not in self.plan.rebuilt
 
-    def _missing(self, node: fx.Node) -> set[fx.Node]:
-        found: set[fx.Node] = set()
+    def _missing(self, node: fx.Node) -> Collection[fx.Node]:
+        place, info, rebuilt = self.place, self.draft.info, self.plan.rebuilt
+        found = {node}
         stack = [node]
         while stack:
             at = stack.pop()
-            if at in found or at in self.place:
-                continue
-            found.add(at)
             if self._is_kept(at):
                 continue
-            move = self.plan.rebuilt.get(at)
+            move = rebuilt.get(at)
             if move is not None and move.rebuild is not None:
-                stack.extend(self.draft.step.roots[r] for r in move.rebuild.reads)
+                inputs = tuple(self.draft.step.roots[r] for r in move.rebuild.reads)
             else:
-                stack.extend(self.draft.info[at].inputs)
+                inputs = info[at].inputs
+            for read in inputs:
+                if read not in place and read not in found:
+                    found.add(read)
+                    stack.append(read)
         return found
 
     def _lay(self, node: fx.Node) -> None:
@@ -261,7 +262,7 @@ class _Backward:
             self._rebuild(node, move, move.rebuild)
         else:
             self.place[node] = len(self.ops)
-            inputs = tuple(self.place[i] for i in info.inputs)
+            inputs = tuple([self.place[i] for i in info.inputs])
             self.ops.append(info.op(node, inputs))
             self.order.append(Late(node, early))
 

@@ -30,7 +30,8 @@ class Info:
         """The node's op, reading what stands at the places ``inputs``."""
         return Op(
             node, self.kind, inputs, self.bytes, self.seconds, self.heavy, self.drawn, keep,
-            work=self.work, reshaped=tuple(inputs[k] for k in self.reshaped),
+            work=self.work,
+            reshaped=tuple([inputs[k] for k in self.reshaped]) if self.reshaped else (),
         )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ class Rung:
     seconds: float  #: of the whole step
     plan: Plan
     planner: Any = dataclasses.field(default=None, compare=False)  #: whose step it plans
+    drafted: Any = dataclasses.field(default=None, compare=False)  #: held for the planner
 
 
 class Ladder:

@@ -16,6 +16,7 @@ from typing import Any
 from torch import fx
 
 from memcompile import _torch
+from memcompile._torch.dry import dry_run
 from memcompile.step import hint, tensor_size, tensors
 
 
@@ -109,7 +110,7 @@ class Lowering:
         lent: set[str] | None = None,
     ) -> Side:
         started = time.perf_counter()
-        graph = _torch.dry_run(module, compile_side)
+        graph = dry_run(module, compile_side)
         self.seconds += time.perf_counter() - started
         if graph is None:
             return Side(0, 0, 0, ())

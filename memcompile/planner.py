@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import weakref
 from collections.abc import Iterable, Sequence
 
 from torch import fx
@@ -66,7 +67,9 @@ class Planner:
         self.candidates = [v for v in self.again if draft.info[v].bytes > 0 and v not in bound]
         self.is_candidate = frozenset(self.candidates)
         self.ladder = Ladder()
-        self.seen: dict[object, Drafted] = {}
+        self.tried: set[object] = set()
+        #: Drafts are as large as the step: those of rungs and the one at hand are held.
+        self.held: weakref.WeakValueDictionary[object, Drafted] = weakref.WeakValueDictionary()
         self.drafts = 0
 
     @functools.cached_property
@@ -105,12 +108,13 @@ class Planner:
 
     def _try(self, plan: Plan) -> Drafted:
         key = plan.key()
-        drafted = self.seen.get(key)
+        drafted = self.held.get(key)
         if drafted is None:
-            drafted = self.draft.under(plan)
-            self.drafts += 1
-            self.seen[key] = drafted
-            self.ladder.offer(Rung(drafted.peak, drafted.seconds, plan, self))
+            drafted = self.held[key] = self.draft.under(plan)
+            if key not in self.tried:
+                self.tried.add(key)
+                self.drafts += 1
+                self.ladder.offer(Rung(drafted.peak, drafted.seconds, plan, self, drafted))
         return drafted
 
     def _walk_down(self, plan: Plan, drafts: int) -> None:
@@ -164,7 +168,7 @@ class Planner:
         """Keep again what saves most seconds a byte, until nothing runs twice."""
         stop = min(self.limit, self.drafts + drafts)
         now = self._try(plan)
-        top = self.seen[self.ground.key()].peak
+        top = self.ground_draft.peak
         stride = max(1, (top - now.peak) // STEPS)
         while self.drafts < stop and now.peak < top:
             options = self._keeps(now)

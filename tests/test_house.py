@@ -91,8 +91,10 @@ def test_private_torch_is_seen(source: str, found: bool) -> None:
     [
         "memcompile._torch",
         "memcompile._torch.draws",
+        "memcompile._torch.dry",
         "memcompile._torch.fusion",
         "memcompile._torch.loops",
+        "memcompile._torch.pieces",
     ],
 )
 def test_everything_behind_the_door_is_there(room: str) -> None:

@@ -14,7 +14,6 @@ import inspect
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, TypeVar
-from unittest import mock
 
 import sympy
 import torch
@@ -39,8 +38,6 @@ from torch._functorch.partitioners import (
 )
 from torch._guards import TracingContext, detect_fake_mode
 from torch._inductor import compile_fx as inductor_compile_fx, list_mode_options, list_options
-from torch._inductor.codegen.cpp import CppKernelProxy
-from torch._inductor.codegen.cpp_utils import LocalBufferContext
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
@@ -57,12 +54,10 @@ from torch.utils.flop_counter import flop_registry
 
 __all__ = [
     "CheckpointPolicy",
-    "CppKernelProxy",
     "CustomGraphPass",
     "CustomPartitionerFn",
     "GraphLowering",
     "HigherOrderOperator",
-    "LocalBufferContext",
     "OpOverload",
     "TracingContext",
     "V",
@@ -150,21 +145,6 @@ def guard_fits(expression: sympy.Basic) -> bool:
     return bool(fake_mode.shape_env.evaluate_expr(expression))
 
 
-_codegen_functions = CppKernelProxy.codegen_functions
-
-
-def _scalar_only(self: CppKernelProxy, *args: Any) -> None:
-    """Write a C++ kernel's scalar form alone.
-
-    It decides which buffers are dropped or written in place; the vector forms that
-    follow are most of the work and decide nothing, except whether the loops of an
-    outer-loop fusion agree, so those are written in full.
-    """
-    if not isinstance(V.local_buffer_context, LocalBufferContext):
-        self.picked_vec_isa = None
-    _codegen_functions(self, *args)
-
-
 def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     """A module of its own graph that shares constants and submodules with ``module``.
 
@@ -180,45 +160,6 @@ def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     copied = fx.GraphModule(module, graph)
     copied.meta = copy.copy(module.meta)
     return copied
-
-
-class _Lowered(Exception):
-    """Carries the finished wrapper out of a dry run, before anything is compiled."""
-
-    def __init__(self, graph: GraphLowering) -> None:
-        self.graph = graph
-
-
-def dry_run(
-    gm: fx.GraphModule, compile_side: Callable[[fx.GraphModule], Any]
-) -> GraphLowering | None:
-    """Lower one side with Inductor up to its wrapper, building no kernel.
-
-    ``compile_side`` calls Inductor on the copy it is given. Returns ``None`` for a
-    graph that Inductor answers without lowering (it has no call).
-    """
-    module = copy_graph(gm)
-
-    def stop(self: GraphLowering) -> None:
-        self.codegen()
-        raise _Lowered(self)
-
-    uncached = {"fx_graph_cache": False, "fx_graph_remote_cache": False}
-    with (
-        mock.patch.object(GraphLowering, "compile_to_module", stop),
-        mock.patch.object(CppKernelProxy, "codegen_functions", _scalar_only),
-        inductor_config.patch(uncached),
-    ):
-        try:
-            compile_side(module)
-        except _Lowered as lowered:
-            return lowered.graph
-        except Exception as error:
-            cause = cause_of(error, _Lowered)
-            if cause is None:
-                raise
-            return cause.graph
-    return None
 
 
 @contextlib.contextmanager

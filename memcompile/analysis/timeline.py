@@ -72,10 +72,11 @@ def materialise(ops: Sequence[Op]) -> Real:
     n = len(ops)
     users, hard = [0] * n, [op.keep for op in ops]
     copied = [False] * n  # real, but only in the shape a library call reads it in
-    for op in ops:
+    called = [op.kind >= Kind.EXTERN for op in ops]
+    for op, call in zip(ops, called, strict=True):
         for i in op.inputs:
             users[i] += 1
-            if op.kind >= Kind.EXTERN:
+            if call:
                 hard[i] |= i not in op.reshaped
                 copied[i] |= i in op.reshaped
     hard = [h or (c and u == 1) for h, c, u in zip(hard, copied, users, strict=True)]
@@ -84,8 +85,9 @@ def materialise(ops: Sequence[Op]) -> Real:
     seconds = [0.0] * n
     awaits = [0] * n
     heavy = [op.heavy for op in ops]  # itself, or what it computes on the way
+    source, pointwise = Kind.SOURCE, Kind.POINTWISE
     for j, op in enumerate(ops):
-        if op.kind == Kind.SOURCE:
+        if op.kind == source:
             real[j] = True
             continue
         touched: set[int] = set()
@@ -100,10 +102,12 @@ def materialise(ops: Sequence[Op]) -> Real:
         reads[j], seconds[j] = touched, cost
         calls = 0
         for i in touched:
-            calls |= awaits[i] | (ops[i].kind >= Kind.EXTERN) << i
+            calls |= awaits[i]
+            if called[i]:
+                calls |= 1 << i
         awaits[j] = calls
         real[j] = (
-            op.kind != Kind.POINTWISE
+            op.kind != pointwise
             or hard[j]
             or op.drawn
             or (users[j] > 1 and (len(touched) > REUSED_READS or heavy[j]))
