@@ -142,12 +142,13 @@ class _Job:
         for report in self.filed:
             store.add(report)
         report = self.filed[-1]
+        inputs, self.example_inputs = self.example_inputs, ()  # torch 2.11 holds on to the job
         if self.compiler.planner is not None and self.compiler.planner.draft.step.dynamic:
             sizes.remember(report, self.compiler.planner)
         if report.kind != "training":
             return compiled
         label = report.name or f"graph {report.index}"
-        return live.watch(compiled, label, report.held_after, self.example_inputs)
+        return live.watch(compiled, label, report.held_after, inputs)
 
     def _inductor(self) -> Callable[..., Any]:
         patches = {

@@ -15,7 +15,7 @@ from torch import fx
 
 from memcompile._torch.draws import draw_part
 from memcompile.analysis import ops as op_kinds
-from memcompile.analysis.flow import Place
+from memcompile.analysis.rules import Place
 from memcompile.region import Part, Region
 from memcompile.step import tensors
 

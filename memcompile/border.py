@@ -15,8 +15,9 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from memcompile.analysis.flow import Flow, Place, Rules, rules_for, tensor_args
+from memcompile.analysis.flow import Rules, rules_for
 from memcompile.analysis.ops import is_random, runs_twice
+from memcompile.analysis.rules import Flow, Place, tensor_args
 from memcompile.region import Part, Region, assemble
 from memcompile.step import Step, must_save
 

@@ -18,8 +18,8 @@ import torch
 from torch import fx
 
 from memcompile import _torch, region
-from memcompile.analysis.flow import tensor_args
 from memcompile.analysis.ops import op_name
+from memcompile.analysis.rules import tensor_args
 from memcompile.border import widened
 from memcompile.region import Region
 from memcompile.step import Step, tensors

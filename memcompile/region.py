@@ -14,7 +14,8 @@ from collections.abc import Collection
 import torch
 from torch import fx
 
-from memcompile.analysis.flow import Place, Rules, rules_for, tensor_args
+from memcompile.analysis.flow import Rules, rules_for
+from memcompile.analysis.rules import Place, tensor_args
 from memcompile.step import Step, hint, is_view, tensors
 
 #: A value is of the seed's order from this share of its elements on: the first that gives a region.

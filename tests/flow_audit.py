@@ -13,8 +13,9 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from memcompile.analysis.flow import Flow, Place, rules_for, tensor_args
+from memcompile.analysis.flow import rules_for
 from memcompile.analysis.ops import op_name
+from memcompile.analysis.rules import Flow, Place, tensor_args
 from memcompile.body import SHAPE_AT, trips
 
 #: How far parts put together may be from the whole: another order of adding up.

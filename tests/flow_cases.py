@@ -95,6 +95,9 @@ def cases() -> dict[str, Case]:
         "select_scatter": c(
             aten.select_scatter.default, x, f(6, 4), 1, 2, asked="a0>0 a2>2 b0>0 b1>2"
         ),
+        "select_scatter the last": c(
+            aten.select_scatter.default, x, f(6, 5), -1, 0, asked="a0>0 a1>1 b0>0 b1>1"
+        ),
         "logical_not": c(aten.logical_not.default, truth, asked=points),
         "bitwise_not": c(aten.bitwise_not.default, truth, asked=points),
         "bitwise_or": c(aten.bitwise_or.Tensor, truth, b(5, 1), asked=f"{points} b0>1"),
@@ -153,6 +156,11 @@ def cases() -> dict[str, Case]:
         "any of two": c(aten.any.dims, b(6, 5, 4), [0, 2], asked=""),
         "any": c(aten.any.dim, b(6, 5, 4), 1, asked="a0>0 a2>1"),
         "argmax": c(aten.argmax.default, x, 1, asked="a0>0 a2>1"),
+        "argmax kept": c(aten.argmax.default, x, -1, True, asked="a0>0 a1>1"),
+        "argmax of all": c(aten.argmax.default, x, asked=""),
+        "var_mean kept": c(
+            aten.var_mean.correction, x, [-1, 0], asked="a1>1,1", correction=1, keepdim=True
+        ),
         "softmax": c(aten._softmax.default, x, -1, False, asked="a0>0 a1>1"),
         "cumsum": c(aten.cumsum.default, x, 1, asked="a0>0 a2>2"),
         "cumsum of ints": c(aten.cumsum.default, i(6, 5, below=9), -1, asked="a0>0"),
@@ -168,10 +176,12 @@ def cases() -> dict[str, Case]:
         "expand nothing": c(aten.expand.default, x, [6, 5, 4], asked=points),
         "unsqueeze": c(aten.unsqueeze.default, x, 1, asked="a0>0 a1>2 a2>3"),
         "squeeze": c(aten.squeeze.dims, f(6, 1, 4), [1], asked="a0>0 a2>1"),
+        "squeeze of nothing": c(aten.squeeze.dims, f(6, 5, 1), [1, -1], asked="a0>0"),
         "select": c(aten.select.int, x, 1, 2, asked="a0>0 a2>1"),
         "slice": c(aten.slice.Tensor, x, 1, 1, 4, asked="a0>0 a2>2"),
         # -- copies
         "constant_pad_nd": c(aten.constant_pad_nd.default, x, [1, 2], 0.5, asked="a0>0 a1>1"),
+        "pad two": c(aten.constant_pad_nd.default, x, [0, 0, 2, 0, 1, -1], asked="a2>2"),
         "flip": c(aten.flip.default, x, [1], asked="a0>0 a2>2"),
         "flip from behind": c(aten.flip.default, x, [-1], asked="a0>0 a1>1"),
         "roll": c(aten.roll.default, x, [2], [1], asked="a0>0 a2>2"),
@@ -209,6 +219,11 @@ def cases() -> dict[str, Case]:
             asked="a0>0",
         ),
         "avg_pool": c(aten.avg_pool2d.default, f(6, 3, 4, 6), *window, asked="a0>0 a1>1"),
+        "avg_pool unbatched": c(aten.avg_pool2d.default, f(3, 4, 6), *window, asked="a0>0"),
+        "convolution transposed": c(
+            aten.convolution.default, f(6, 2, 8), f(2, 3, 3), None, [2], [1], [1], True, [0], 1,
+            asked="a0>0",
+        ),
         "max_pool": c(
             aten.max_pool2d_with_indices.default, f(6, 3, 4, 6), *window, asked="a0>0,0 a1>1,1"
         ),
