@@ -151,20 +151,32 @@ def _cuda_peak(
     return Peak(total - before, str(device), reserved, total)
 
 
+TWO_PROFILERS = "fn used torch.profiler while measure_peak did; it cannot do both"
+
+
 def _cpu_peak(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Peak:
     """The allocation events of one call of ``fn``, replayed."""
     if _torch.profiler_enabled():
         raise RuntimeError("measure_peak needs torch.profiler, which is active; stop it first")
     gc.collect()
-    with _quiet_kineto(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        result = fn(*args, **kwargs)
-        marker = torch.empty(1)  # seen last, unless another profiler took this one's place
+    cpu = [ProfilerActivity.CPU]
+    try:
+        with (
+            _quiet_kineto(),
+            profile(activities=cpu, profile_memory=True, acc_events=True) as prof,
+        ):
+            result = fn(*args, **kwargs)
+            marker = torch.empty(1)  # seen last, unless another profiler took this one's place
+    except RuntimeError as error:
+        if "Kineto profiler when it's not running" in str(error):  # so says torch 2.11
+            raise RuntimeError(TWO_PROFILERS) from error
+        raise
     end = marker.data_ptr()
     del result
     events = _events(prof)
     last = next((i for i in reversed(range(len(events))) if events[i].address == end), None)
     if last is None:
-        raise RuntimeError("fn used torch.profiler while measure_peak did; it cannot do both")
+        raise RuntimeError(TWO_PROFILERS)
     return Peak(peak_of(events[:last]), "cpu")
 
 

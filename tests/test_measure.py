@@ -149,6 +149,7 @@ def test_measuring_cannot_be_nested_and_recovers() -> None:
     assert measure_peak(lambda: block(KB)).bytes == KB
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # torch 2.11
 def test_an_active_profiler_is_an_error() -> None:
     with torch.profiler.profile(), pytest.raises(RuntimeError, match="stop it first"):
         measure_peak(lambda: block(KB))
@@ -236,6 +237,7 @@ def test_a_module_counts_tied_weights_once_and_buffers() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch 2.11
 def test_sparse_tensors_count_their_parts() -> None:
     dense = torch.eye(3)
     assert tensor_bytes(dense.to_sparse()) == 3 * 4 + 2 * 3 * 8

@@ -17,9 +17,18 @@ import torch
 from torch._inductor import ir
 from torch._inductor.codegen.triton import TritonOverrides
 from torch._inductor.lowering import register_lowering
+from torch._inductor.ops_handler import OpsHandler
 from torch._inductor.virtualized import ops
 
-__all__ = ["TritonOverrides", "draw_part", "exact_draws", "ir", "ops", "register_lowering"]
+__all__ = [
+    "OpsHandler",
+    "TritonOverrides",
+    "draw_part",
+    "exact_draws",
+    "ir",
+    "ops",
+    "register_lowering",
+]
 
 _library = torch.library.Library("memcompile", "FRAGMENT")
 _PLACE = "int dim, SymInt start, int length"
@@ -132,7 +141,8 @@ def _lower_randint(
     place, load = _places(whole, seed, dim, start), seed.make_loader()
 
     def draw(index: Sequence[Any]) -> Any:
-        bounds = (ops.value_expr(bound, torch.int64) for bound in (low, high))
+        number = ops.value_expr if hasattr(OpsHandler, "value_expr") else ops.index_expr  # 2.11
+        bounds = (number(bound, torch.int64) for bound in (low, high))
         return ops.randint64(load([]), place(index), *bounds)
 
     return _drawn(draw, seed, _local(whole, dim, length), torch.int64)
