@@ -74,6 +74,7 @@ class Chunk(Proposer):
             if n.op == "call_function" and isinstance(n.meta.get("val"), torch.Tensor)
         ]
         largest = max((step.bytes(n) for n in values), default=0)
+        unknown: set[str] = set()
         for value in values:
             if step.roots[value] is not value or step.bytes(value) < self.least * largest:
                 continue
@@ -83,6 +84,13 @@ class Chunk(Proposer):
                 if isinstance(length, int):
                     for chunks in _counts(length, min(length, self.max_chunks)):
                         yield Loop(value, dim, chunks, without)
+                else:
+                    unknown.add(str(length))
+        if unknown:
+            context.remark(
+                f"dimensions of symbolic length ({', '.join(sorted(unknown))}) are not chunked; "
+                "compile with dynamic=False, or mark_static them, for loops: once a length then"
+            )
 
     def _named(self, option: str, step: Step, context: Context) -> set[fx.Node]:
         """The nodes of the modules an option names; a name of none is remarked on."""
