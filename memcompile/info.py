@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 
 from torch import fx
 
 from memcompile import scratch
+from memcompile.access import access
 from memcompile.analysis import ops as op_kinds
 from memcompile.analysis.cost import Rates, node_seconds
 from memcompile.analysis.timeline import Kind, Op
@@ -25,6 +27,8 @@ class Info:
     drawn: bool
     work: int = 0
     reshaped: frozenset[int] = frozenset()  #: places in ``inputs``
+    moved: frozenset[int] = frozenset()  #: likewise
+    breaks: frozenset[int] = frozenset()
 
     def op(self, node: fx.Node, inputs: tuple[int, ...], keep: bool = False) -> Op:
         """The node's op, reading what stands at the places ``inputs``."""
@@ -32,6 +36,8 @@ class Info:
             node, self.kind, inputs, self.bytes, self.seconds, self.heavy, self.drawn, keep,
             work=self.work,
             reshaped=tuple([inputs[k] for k in self.reshaped]) if self.reshaped else (),
+            moved=tuple([inputs[k] for k in self.moved]) if self.moved else (),
+            breaks=self.breaks,
         )  # fmt: skip
 
 
@@ -51,6 +57,8 @@ def read_node(step: Step, node: fx.Node, rates: Rates, fused: bool) -> Info:
     if loop is not None:
         return Info(tuple(inputs), kind, 0, loop.seconds, False, False, loop.bytes)
     straight = {roots[a] for a in read if not is_reshaped(a)}
+    walk = access(node)
+    moved = {roots[a] for a in walk.moved} | {roots[a] for a in read if _looped(roots[a])}
     several = isinstance(node.meta.get("val"), (list, tuple))
     view = roots[node] is not node
     return Info(
@@ -62,7 +70,14 @@ def read_node(step: Step, node: fx.Node, rates: Rates, fused: bool) -> Info:
         _is_drawn(node, fused),
         _work(node, several) if fused and kind == Kind.EXTERN else 0,
         reshaped=frozenset(k for k, root in enumerate(inputs) if root not in straight),
+        moved=frozenset(k for k, root in enumerate(inputs) if root in moved),
+        breaks=walk.breaks,
     )
+
+
+def _looped(node: fx.Node) -> bool:
+    """Whether a loop has written the value: Inductor writes nothing else in its place."""
+    return node.target is operator.getitem and "loop" in node.args[0].meta
 
 
 def read_fragment(step: Step, node: fx.Node, rates: Rates, fused: bool) -> Info:

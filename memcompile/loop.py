@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from memcompile import _torch
 from memcompile._torch.loops import lower_added_products
+from memcompile.access import access
 from memcompile.analysis import ops as op_kinds
 from memcompile.analysis.cost import Rates, node_seconds
 from memcompile.analysis.timeline import Kind, Op, simulate
@@ -246,7 +247,11 @@ class Looped:
                 own, seconds = 0, max(seconds, 2 * size / self.rates.memory)
             name, kind = op_kinds.op_name(node), op_kinds.classify(node)
             heavy, drawn = name in op_kinds.HEAVY, name in op_kinds.DRAWN
-            ops.append(Op(node, kind, reads, own, seconds, heavy, drawn))
+            walk = access(node)
+            moved = tuple(place[a] for a in walk.moved if a in place)
+            ops.append(
+                Op(node, kind, reads, own, seconds, heavy, drawn, moved=moved, breaks=walk.breaks)
+            )
         line = simulate(ops, grouped=self.step.device.type == "cpu", parted=True)
         buffers = sum(self.step.bytes(n) for n in part.outputs)
         trip = line.seconds(self.rates.memory, self.rates.launch) + TRIP

@@ -1,5 +1,7 @@
 """Which ops hold memory, and for how long: lists of ops, no graphs."""
 
+import dataclasses
+
 import pytest
 
 from memcompile.analysis.timeline import Kind, Op, Timeline, simulate
@@ -146,14 +148,31 @@ def test_a_function_ends_where_it_has_done_with_much() -> None:
     assert simulate(ops).live == simulate(ops, grouped=True).live
 
 
-def test_a_value_that_a_sum_of_the_same_kernel_reads_is_not_written_over() -> None:
-    """Inductor would have to be past the sum before the first result is written."""
-    scores = Op("scores", Kind.EXTERN, (0,), 100)
-    total = Op("sum", Kind.REDUCTION, (1,), 10)
-    softmax = Op("softmax", Kind.POINTWISE, (1, 2), 100, keep=True)
+ROWS, PLANES = frozenset({-1}), frozenset({-1, -2})  #: how far the loops of a kernel are merged
+
+
+def test_what_a_sum_reads_too_is_written_over_where_both_walk_the_same_loops() -> None:
+    """Else Inductor would have to be past the sum before the first result is written."""
+
+    def peak(breaks: frozenset[int]) -> int:
+        scores = Op("scores", Kind.EXTERN, (0,), 100)
+        total = Op("sum", Kind.REDUCTION, (1,), 10, breaks=ROWS)
+        scaled = Op("scaled", Kind.POINTWISE, (1,), 100, breaks=breaks)
+        softmax = Op("softmax", Kind.POINTWISE, (3, 2), 100, keep=True, breaks=ROWS)
+        return simulate([source(), scores, total, scaled, softmax]).peak
+
+    assert peak(ROWS) == 100
+    assert peak(PLANES) == 200, "a mask of one plane keeps its loops apart"
+
+
+def test_what_is_read_in_another_order_is_not_written_over() -> None:
+    product = Op("product", Kind.EXTERN, (0,), 100)
+    turned = Op("copy", Kind.POINTWISE, (1,), 100, moved=(1,))
     doubled = Op("doubled", Kind.POINTWISE, (1,), 100, keep=True)
-    assert simulate([source(), scores, total, softmax]).peak == 200
-    assert simulate([source(), scores, doubled]).peak == 100
+    inside = Op("doubled", Kind.POINTWISE, (2,), 100, keep=True)
+    assert simulate([source(), product, doubled]).peak == 100
+    assert simulate([source(), product, dataclasses.replace(turned, keep=True)]).peak == 200
+    assert simulate([source(), product, turned, inside]).peak == 200
 
 
 @pytest.mark.parametrize("third", [True, False])
@@ -161,9 +180,9 @@ def test_in_a_loops_body_a_third_reader_parts_sums_from_what_overwrites(third: b
     ops = [
         Op("w", Kind.SOURCE, (), 0, owned=False),
         Op("product", Kind.EXTERN, (0,), 1000),
-        Op("sums", Kind.REDUCTION, (1,), 10),
+        Op("sums", Kind.REDUCTION, (1,), 10, breaks=ROWS),
         Op("one of them", Kind.POINTWISE, (1, 2) if third else (2,), 0, keep=True),
-        Op("gradient", Kind.POINTWISE, (1, 2), 1000),
+        Op("gradient", Kind.POINTWISE, (1, 2), 1000, breaks=PLANES),
         Op("reader", Kind.EXTERN, (4,), 10),
     ]
     whole, parted = (simulate(ops, grouped=True, parted=parted).peak for parted in (False, True))

@@ -44,6 +44,8 @@ class Op:
     work: int = 0  #: bytes alive inside it while it runs
     traffic: int = 0  #: bytes a read moves, where ``bytes`` is not it (inputs count as zero)
     reshaped: tuple[int, ...] = ()  #: those of ``inputs`` that are read in another shape
+    moved: tuple[int, ...] = ()  #: those read in another order than the result is written in
+    breaks: frozenset[int] = frozenset()  #: between which dimensions its loops are not merged
 
 
 #: Inductor's defaults (``config.realize_reads_threshold`` and
@@ -65,6 +67,7 @@ class Real:
     awaits: list[int]  #: the library calls each waits for, a bit for each op's place
     summed: dict[int, set[int]]  #: for some ops: what a reduction in the same kernel reads too
     own: list[set[int]]  #: what each reads itself, other ops of its kernel left out
+    moved: list[set[int]]  #: what each reads in another order than it writes
 
 
 def materialise(ops: Sequence[Op]) -> Real:
@@ -85,6 +88,8 @@ def materialise(ops: Sequence[Op]) -> Real:
     seconds = [0.0] * n
     awaits = [0] * n
     heavy = [op.heavy for op in ops]  # itself, or what it computes on the way
+    moved: list[set[int]] = [set() for _ in ops]
+    breaks = [op.breaks for op in ops]
     source, pointwise = Kind.SOURCE, Kind.POINTWISE
     for j, op in enumerate(ops):
         if op.kind == source:
@@ -95,8 +100,12 @@ def materialise(ops: Sequence[Op]) -> Real:
         for i in op.inputs:
             if real[i] or (copied[i] and i in op.reshaped):
                 touched.add(i)
+                if i in op.moved:
+                    moved[j].add(i)
             else:
                 touched |= reads[i] or set()
+                moved[j] |= (reads[i] or set()) if i in op.moved else moved[i]
+                breaks[j] |= breaks[i]
                 cost += seconds[i]
                 heavy[j] |= heavy[i]
         reads[j], seconds[j] = touched, cost
@@ -117,8 +126,8 @@ def materialise(ops: Sequence[Op]) -> Real:
         real[j] |= copy
         hard[j] |= copy
     own = [touched or set() for touched in reads]
-    summed = _drop_inside_kernels(ops, hard, awaits, real, reads, seconds)
-    return Real(real, reads, seconds, awaits, summed, own)
+    summed = _drop_inside_kernels(ops, hard, awaits, real, reads, seconds, moved, breaks)
+    return Real(real, reads, seconds, awaits, summed, own, moved)
 
 
 def _drop_inside_kernels(
@@ -128,6 +137,8 @@ def _drop_inside_kernels(
     real: list[bool],
     reads: list[set[int] | None],
     seconds: list[float],
+    moved: list[set[int]],
+    breaks: list[frozenset[int]],
 ) -> dict[int, set[int]]:
     """A value that only its own fused kernel reads never reaches memory.
 
@@ -156,7 +167,8 @@ def _drop_inside_kernels(
             merged = touched - inside
             for i in touched & inside:
                 merged |= reads[i] or set()
-                if ops[i].kind == Kind.REDUCTION:
+                moved[j] |= (reads[i] or set()) if i in moved[j] else moved[i]
+                if ops[i].kind == Kind.REDUCTION and breaks[i] != breaks[j]:
                     summed.setdefault(j, set()).update(reads[i] or ())
                 if i in summed:
                     summed.setdefault(j, set()).update(summed[i])
@@ -260,7 +272,8 @@ def simulate(
                 thirds = (read & real.own[k] for k, read in real.summed.items() if k < j)
                 summed = summed - set().union(*thirds)
             reuse = op.kind < Kind.EXTERN and any(
-                ops[i].bytes == op.bytes and i not in summed for i in dies_into.get(j, ())
+                ops[i].bytes == op.bytes and i not in summed and i not in real.moved[j]
+                for i in dies_into.get(j, ())
             )
             current += op.bytes
             live[j] = (current - op.bytes if reuse else current) + op.work
