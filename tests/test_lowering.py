@@ -88,8 +88,12 @@ def attention() -> tuple[nn.Module, list[Tensor]]:
     return nn.Sequential(Attention(64), Attention(64)), [torch.randn(4, 128, 64)]
 
 
-#: How far the schedule may lie from the draft. Before 2.13 Inductor fuses a little otherwise.
-DRAFTED = 0.05 if torch.__version__ >= (2, 13) else 0.2
+#: How far the schedule may lie from the draft. Inductor moves the copy of one layer's values and
+#: the draws of its masks to before the scores, which counts where scores are this small; before
+#: 2.13 it fuses a little otherwise.
+DRAFTED = (
+    {attention: 0.125} if torch.__version__ >= (2, 13) else dict.fromkeys([attention, llama], 0.2)
+)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +124,7 @@ def test_over_many_budgets_peaks_fall_times_rise_and_the_schedule_is_the_draft(
     for place, report in enumerate(reports):
         assert report.lowered <= 1.02 * min(lowered[place:])
         drafted, real = report.predicted - report.before, report.lowered - report.before
-        assert abs(real / drafted - 1) <= DRAFTED
+        assert abs(real / drafted - 1) <= DRAFTED.get(subject, 0.05)
 
 
 def test_what_a_convolution_allocates_inside_itself_is_drafted(
