@@ -9,7 +9,7 @@ import copy
 import dataclasses
 
 import torch
-from layers import Attention, attend
+from layers import DistanceAttention, attend, nearness
 from subjects import Subject, checkpointed, evoformer_example
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -20,17 +20,24 @@ UNROLLED = 16  #: at most so many chunks where the loop is compiled, which unrol
 
 
 class QueryChunks(nn.Module):
-    """Attention over ``x`` (L, c) with a ``bias`` (L, L), ``size`` queries at a time."""
+    """Attention with a bias made of positions, ``size`` queries at a time."""
 
-    def __init__(self, inner: Attention, size: int) -> None:
+    def __init__(self, inner: DistanceAttention, size: int) -> None:
         super().__init__()
         self.inner, self.size = inner, size
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """As :class:`layers.Attention`."""
+    def some(self, q: Tensor, k: Tensor, v: Tensor, own: Tensor, positions: Tensor) -> Tensor:
+        """Some queries ``q`` (H, Q, D) at the positions ``own`` (Q,)."""
+        return attend(q, k, v, nearness(own, positions))
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        """As :class:`layers.DistanceAttention`."""
         q, k, v = self.inner.heads_of(x)
-        parts = zip(q.split(self.size, dim=1), bias.split(self.size), strict=True)
-        mixed = [checkpoint(attend, some, k, v, near, use_reentrant=False) for some, near in parts]
+        parts = zip(q.split(self.size, dim=1), positions.split(self.size), strict=True)
+        mixed = [
+            checkpoint(self.some, queries, k, v, own, positions, use_reentrant=False)
+            for queries, own in parts
+        ]
         return self.inner.out(torch.cat(mixed, dim=1).transpose(0, 1).flatten(-2))
 
 
@@ -68,7 +75,7 @@ class OuterProductChunks(nn.Module):
 
 
 def attention_by_hand(subject: Subject, unrolled: bool) -> Subject:
-    """``layers.attention``, its queries in chunks; ``unrolled`` in no more than a few."""
+    """``layers.distance_attention``, its queries in chunks; ``unrolled`` in no more than a few."""
     module = copy.deepcopy(subject.module)
     length = len(module.x)
     size = max(QUERIES, -(-length // UNROLLED)) if unrolled else QUERIES

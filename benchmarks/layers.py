@@ -52,6 +52,22 @@ class Attention(nn.Module):
         return self.out(mixed.transpose(0, 1).flatten(-2))
 
 
+class DistanceAttention(Attention):
+    """Self-attention whose bias falls with the distance along the sequence.
+
+    ALiBi (Press et al. 2022, §3) with a slope of one: it has no input of L squared elements.
+    """
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        """``x`` (L, c), ``positions`` (L,) -> (L, c)."""
+        return super().forward(x, nearness(positions, positions))
+
+
+def nearness(some: Tensor, others: Tensor) -> Tensor:
+    """The bias between positions: ``some`` (Q,), ``others`` (K,) -> (Q, K)."""
+    return -(some[:, None] - others).abs()
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """``q`` (H, Q, D), ``k`` and ``v`` (H, K, D), ``bias`` (Q, K) -> (H, Q, D)."""
     return (q @ k.transpose(-1, -2) + bias).softmax(-1) @ v
@@ -141,6 +157,15 @@ def attention(scale: Scale = "default", length: int = 1536, small: int = 128) ->
     module = Within(Attention(c, heads), torch.randn(length, c), residual=False)
     inputs = (torch.randn(length, c), torch.randn(length, length))
     return Subject(name, module, inputs, [module.layer])
+
+
+def distance_attention(scale: Scale = "default", length: int = 1536) -> Subject:
+    """Attention with a bias made of positions, c = 64, 4 heads."""
+    torch.manual_seed(0)
+    c, heads = (64, 4) if scale == "default" else (8, 2)
+    module = Within(DistanceAttention(c, heads), torch.randn(length, c), residual=False)
+    inputs = (torch.randn(length, c), torch.arange(length) / 64)
+    return Subject(f"attention by distance, L={length}", module, inputs, [module.layer])
 
 
 def vocabulary(scale: Scale = "default") -> Subject:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import sides
 from by_hand import attention_by_hand, evoformer_by_hand
 from chunk_limits import ALONE, CHUNK
-from layers import attention
+from layers import distance_attention
 from measuring import released
 from records import Where
 from rich.console import Console
@@ -77,7 +77,7 @@ def tasks(scale: Scale) -> list[Task]:
     return [
         Task(
             "attention",
-            lambda n: attention(scale, length=n, small=n),
+            lambda n: distance_attention(scale, length=n),
             length,
             {**WAYS, **hand},
         ),

@@ -251,7 +251,7 @@ def test_chunks_by_hand_compute_the_same(rewrite: str, monkeypatch: pytest.Monke
         subject = subjects.evoformer("small", residues=17)
         chunked = by_hand.evoformer_by_hand(subject)
     else:
-        subject = layers.attention("small", small=83)
+        subject = layers.distance_attention("small", length=83)
         chunked = by_hand.attention_by_hand(subject, unrolled="unrolled" in rewrite)
     for module in (subject.module, chunked.module):
         for part in module.modules():
