@@ -13,10 +13,12 @@ from chunk_subjects import SUBJECTS, Attention, OuterProductMean, Scores, Words,
 from helpers import FUSED_CLOSE, assert_same, expected, memopt, observe, planned, tensor
 from memcompile_passes.chunk import Chunk
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import memcompile
-from memcompile import Step, measure_peak
+from memcompile import Context, Step, measure_peak
 
 PASSES = ["default", Chunk()]
 
@@ -398,6 +400,14 @@ def test_a_second_length_has_loops_too_without_dynamic_shapes() -> None:
 def test_no_loop_has_more_chunks_than_the_pass_allows() -> None:
     report = looped(double(Attention), tensor(1, 97, 8), passes=["default", Chunk(max_chunks=4)])
     assert {row.chunks for row in report.loops} == {4}
+
+
+@pytest.mark.parametrize(("length", "most"), [(4096, 64), (32768, 512)])
+def test_only_what_is_large_in_64_parts_is_offered_in_more(length: int, most: int) -> None:
+    with FakeTensorMode():
+        graph = make_fx(lambda x: (x @ x.mT).relu())(torch.empty(length, 8))
+    offered = Chunk().propose(Step(graph, 1), Context(strict=True))
+    assert max(loop.chunks for loop in offered) == most
 
 
 def test_a_budget_that_is_met_without_loops_gets_none() -> None:

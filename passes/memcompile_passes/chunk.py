@@ -19,15 +19,17 @@ from memcompile.step import Step, module_names
 
 #: Chunk counts offered, as far as ``max_chunks`` goes.
 COUNTS = (4, 12, 24, 64)
+#: More of them, for values of which so many bytes would be left in the largest chunk else.
+MORE, STILL_LARGE = (192, 512), 2**24
 
 
-def _counts(length: int, most: int) -> list[int]:
-    """Chunk counts to offer, at most ``most``, such as divide the length where one is near.
+def _counts(length: int, most: int, size: int) -> list[int]:
+    """Chunk counts for a value of ``size`` bytes, at most ``most``, dividing the length if near.
 
     A shorter last chunk costs a second loop; up to twice as many chunks avoid it.
     """
     found = []
-    for count in COUNTS:
+    for count in COUNTS + tuple(n for n in MORE if size // COUNTS[-1] > STILL_LARGE):
         near = range(count, min(2 * count, most + 1))
         found += [next((n for n in near if length % n == 0), count)] if count <= most else []
     return list(dict.fromkeys(found))
@@ -40,7 +42,7 @@ class Chunk(Proposer):
     name: ClassVar[str] = "chunk"
     by_default: ClassVar[bool] = False
 
-    max_chunks: int = 64  #: at most so many trips
+    max_chunks: int = 512  #: at most so many trips
     least: float = 0.02  #: only values of at least this share of the largest one's bytes
     only: str | tuple[str, ...] = ()  #: modules whose values loops may grow from; (): any
     skip: str | tuple[str, ...] = ()  #: modules of which no loop takes anything in
@@ -82,7 +84,8 @@ class Chunk(Proposer):
                 continue
             for dim, length in enumerate(value.meta["val"].shape):
                 if isinstance(length, int):
-                    for chunks in _counts(length, min(length, self.max_chunks)):
+                    most = min(length, self.max_chunks)
+                    for chunks in _counts(length, most, step.bytes(value)):
                         yield Loop(value, dim, chunks, without)
                 else:
                     unknown.add(str(length))
