@@ -92,7 +92,7 @@ class Compiler:
         elif budget is None or chosen.peak > budget:
             plain = ladder = planner.build()
             if loops and not fits_surely(plain, step.input_bytes(), budget, self.held):
-                ladder = self._with_loops(planner, loops)
+                ladder = self._with_loops(planner, loops, budget)
             chosen = self._search(step, ladder, first, budget, plain)
         explained = explain(
             step=step,
@@ -132,15 +132,20 @@ class Compiler:
         bound = frozenset(n for n in step.nodes if must_recompute(n))
         return Planner(draft, Plan(kept), proposals, bound)
 
-    def _with_loops(self, planner: Planner, loops: list[Loop]) -> Ladder:
+    def _with_loops(self, planner: Planner, loops: list[Loop], budget: int | None) -> Ladder:
         """The planner's ladder, and the rungs of the step with loops merged in."""
         plain = planner.ladder
         self._note(unseeded(loops))
-        found = with_loops(planner, plain.floor.plan, loops, self._anew, self._loop_failed)
+        room = self._room(planner, budget)
+        found = with_loops(planner, plain.floor.plan, loops, self._anew, self._loop_failed, room)
         self.looped = {looped.draft.step: rows for looped, rows in found}
         for looped, _ in found:
             looped.limit //= len(found)
         return _merged(plain, *(looped.build() for looped, _ in found))
+
+    def _room(self, planner: Planner, budget: int | None) -> int | None:
+        """Bytes that a budget leaves to what the step makes."""
+        return None if budget is None else budget - planner.draft.before - self.held
 
     def _loop_failed(self, loop: Loop, error: Exception) -> None:
         """A loop that cannot be made is left out, and said to be."""
@@ -277,7 +282,7 @@ class Compiler:
             plain = ladder = planner.build()
             loops = _sorted(self.pipeline.offers(step, again=True))[1]
             if loops and not fits_surely(plain, step.input_bytes(), budget, self.held):
-                ladder = _merged(plain, self._whole_with_loops(step, loops))
+                ladder = _merged(plain, self._whole_with_loops(step, loops, budget))
             step, floor = late, ladder.floor.peak
             first = dataclasses.replace(first, step=late, drafted=planner.ground_draft)
             chosen = self._search(late, ladder, first, budget, plain)
@@ -298,13 +303,14 @@ class Compiler:
         self._settle(step, chosen, budget)
         return chosen.split.forward, explained
 
-    def _whole_with_loops(self, step: Step, loops: list[Loop]) -> Ladder:
+    def _whole_with_loops(self, step: Step, loops: list[Loop], budget: int | None) -> Ladder:
         """The ladder of a graph without a split, with the loops that lower its peak."""
         nothing = Plan(frozenset())
         base = Planner(self._draft(step, frozenset()), nothing, [])
         self._note(unseeded(loops))
         self.looped, ladders = {}, []
-        for looped, rows in with_loops(base, nothing, loops, self._anew, self._loop_failed):
+        room = self._room(base, budget)
+        for looped, rows in with_loops(base, nothing, loops, self._anew, self._loop_failed, room):
             inner = looped.draft.step
             from_here = _late_from(inner, looped.drafted(nothing))
             late = Step(inner.module, inner.num_outputs, late_from=from_here)

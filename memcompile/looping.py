@@ -85,19 +85,32 @@ Failed = Callable[[Loop, Exception], None]
 
 
 def with_loops(
-    planner: Planner, plan: Plan, loops: list[Loop], anew: Anew, failed: Failed
+    planner: Planner,
+    plan: Plan,
+    loops: list[Loop],
+    anew: Anew,
+    failed: Failed,
+    room: int | None = None,
 ) -> list[tuple[Planner, tuple[LoopRow, ...]]]:
     """The step with the loops that lower its peak under ``plan``, as few chunks as will do.
 
     The same loops made to go lower come after it, where that differs: with chunks as many as
-    make much of a difference, and with whatever leaves the least. Nothing where no loop helps.
+    make much of a difference, and with whatever leaves the least: below
+    ``room`` (bytes above the inputs) where that is little. Nothing where no loop helps.
     """
     search = _Search(_State(planner, loops, planner.drafted(plan), ()), anew, failed)
     state, taken = search.rounds(SHALLOW)
     deeper = search.replayed(taken, DEEPER)
-    deepest, _ = search.rounds(DEEPEST)
+    deepest, _ = search.rounds(_deep_enough(search.start, room))
     states = {each.shape: each for each in (state, deeper, deepest)}
     return [(s.planner, s.rows) for s in states.values() if s.rows]
+
+
+def _deep_enough(start: _State, room: int | None) -> _Aim:
+    """What leaves the least, well below the room there is where that is less still."""
+    span = max(1, start.peak - start.planner.draft.before)
+    share = DEEPEST.share if room is None else max(0.0, 0.8 * room / span)
+    return dataclasses.replace(DEEPEST, share=min(DEEPEST.share, share))
 
 
 def unseeded(loops: list[Loop]) -> str | None:
