@@ -28,8 +28,13 @@ def _counts(length: int, most: int, size: int) -> list[int]:
 
     A shorter last chunk costs a second loop; up to twice as many chunks avoid it.
     """
-    found = []
-    for count in COUNTS + tuple(n for n in MORE if size // COUNTS[-1] > STILL_LARGE):
+    found: list[int] = []
+    counts: tuple[int, ...] = COUNTS
+    if size // COUNTS[-1] > STILL_LARGE:
+        counts += MORE
+    else:
+        most = min(most, COUNTS[-1])
+    for count in counts:
         near = range(count, min(2 * count, most + 1))
         found += [next((n for n in near if length % n == 0), count)] if count <= most else []
     return list(dict.fromkeys(found))
