@@ -14,8 +14,9 @@ import torch
 from torch import fx
 
 from memcompile.analysis.ops import classify
+from memcompile.analysis.rules import reduced_dims
 from memcompile.analysis.timeline import Kind
-from memcompile.step import hint, tensors
+from memcompile.step import hint
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ def access(node: fx.Node) -> Access:
         return NONE
     if kind == Kind.REDUCTION:
         shape = _shape(max(read, key=lambda a: a.meta["val"].dim()).meta["val"])
-        return Access(_breaks(shape, read, None) | _reduced(node, shape))
+        return Access(_breaks(shape, read, None) | _meeting(node, len(shape)))
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
         return NONE
     shape, written = _shape(value), _strides(value)
@@ -79,15 +80,7 @@ def _breaks(shape: list[int], read: list[fx.Node], value: torch.Tensor | None) -
     return frozenset(found)
 
 
-def _reduced(node: fx.Node, shape: list[int]) -> frozenset[int]:
+def _meeting(node: fx.Node, rank: int) -> frozenset[int]:
     """Where kept dimensions meet reduced ones."""
-    rank = len(shape)
-    kept = [d for d, _ in enumerate(shape)]
-    (out, *_) = tensors(node)
-    dims = node.args[1] if len(node.args) > 1 else None
-    if isinstance(dims, int):
-        dims = [dims]
-    if not isinstance(dims, (list, tuple)) or not dims or not out.dim():
-        return frozenset()
-    gone = {d % rank for d in dims if isinstance(d, int)}
-    return frozenset(d - rank for d in kept[1:] if (d in gone) != (d - 1 in gone))
+    gone = reduced_dims(node)
+    return frozenset(d - rank for d in range(1, rank) if (d in gone) != (d - 1 in gone))

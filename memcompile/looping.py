@@ -95,8 +95,8 @@ def with_loops(
     """The step with the loops that lower its peak under ``plan``, as few chunks as will do.
 
     The same loops made to go lower come after it, where that differs: with chunks as many as
-    make much of a difference, and with whatever leaves the least: below
-    ``room`` (bytes above the inputs) where that is little. Nothing where no loop helps.
+    make much of a difference, and with whatever leaves the least: below ``room`` (bytes above
+    the inputs) where that is little. Nothing where no loop helps.
     """
     search = _Search(_State(planner, loops, planner.drafted(plan), ()), anew, failed)
     state, taken = search.rounds(SHALLOW)

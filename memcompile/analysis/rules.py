@@ -141,37 +141,34 @@ def _cat(node: fx.Node, places: tuple[Place, ...]) -> Flow | None:
     return Flow(tuple(dim for _ in places), (dim,))
 
 
-def _without(gone: Callable[[fx.Node], Iterable[int]]) -> Callable[..., Flow | None]:
-    """Ops whose results lack the dimensions ``gone`` of their one argument."""
-
-    def rule(node: fx.Node, places: tuple[Place, ...]) -> Flow | None:
-        (along,), number = places, len(tensors(node))
-        if not isinstance(along, int):
-            return Flow(places, (None,) * number)
-        (argument,) = tensor_args(node)
-        rank = tensors(argument)[0].dim()
-        dims = {d % rank for d in gone(node)}
-        if along in dims:
-            return None
-        (rest, *_) = tensors(node)
-        less = 0 if rest.dim() == rank else sum(d < along for d in dims)
-        return Flow(places, (along - less,) * number)
-
-    return rule
+def _reduced(node: fx.Node, places: tuple[Place, ...]) -> Flow | None:
+    """Reductions of one argument: sliced along what is kept."""
+    (along,), number = places, len(tensors(node))
+    if not isinstance(along, int):
+        return Flow(places, (None,) * number)
+    gone = reduced_dims(node)
+    if along in gone:
+        return None
+    (argument,), (rest, *_) = tensor_args(node), tensors(node)
+    kept = rest.dim() == tensors(argument)[0].dim()
+    return Flow(places, (along if kept else along - sum(d < along for d in gone),) * number)
 
 
-def _reduced_dims(node: fx.Node) -> Iterable[int]:
-    """Of ``op(x, dim)``, where no dimension is all of them."""
+def reduced_dims(node: fx.Node) -> set[int]:
+    """The dimensions that ``op(x, dim)`` reduces, none below zero; all where none are given."""
+    rank = tensors(tensor_args(node)[0])[0].dim()
     dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     if isinstance(dims, int):
-        return [dims]
-    return dims or range(tensors(tensor_args(node)[0])[0].dim())
+        dims = [dims]
+    return (
+        {d % rank for d in dims} if dims and isinstance(dims, (list, tuple)) else set(range(rank))
+    )
 
 
 def _squeeze(node: fx.Node, places: tuple[Place, ...]) -> Flow | None:
     """Sliced along what is not named: a chunk of length one would lose that dimension too."""
     (along,), shape = places, tensors(tensor_args(node)[0])[0].shape
-    named = {d % len(shape) for d in _reduced_dims(node)}
+    named = reduced_dims(node)
     if not isinstance(along, int):
         return Flow(places, (None,))
     if along in named:
@@ -215,7 +212,7 @@ OWN: dict[str, Callable[[fx.Node, tuple[Place, ...]], Flow | None]] = {
     "inductor_random": _draw,
     "inductor_randint": _draw,
     "cat": _cat,
-    "argmax": _without(_reduced_dims),
+    "argmax": _reduced,
     "avg_pool2d": _same_dims(_pooled_dims),
     "constant_pad_nd": _same_dims(_padded_dims),
     "convolution": _convolution,
@@ -225,7 +222,7 @@ OWN: dict[str, Callable[[fx.Node, tuple[Place, ...]], Flow | None]] = {
     "scatter": _like_source,
     "select_scatter": _select_scatter,
     "squeeze": _squeeze,
-    "var_mean": _without(_reduced_dims),
+    "var_mean": _reduced,
     "convert_element_type": _pointwise,
     "cumsum": _same_dims(_scan_dims),
     "cumprod": _same_dims(_scan_dims),
