@@ -70,6 +70,7 @@ class Planner:
         self.tried: set[object] = set()
         #: Drafts are as large as the step: those of rungs and the one at hand are held.
         self.held: weakref.WeakValueDictionary[object, Drafted] = weakref.WeakValueDictionary()
+        self.drafts = 0
 
     @functools.cached_property
     def alike(self) -> dict[fx.Node, tuple[fx.Node, ...]]:
@@ -101,11 +102,6 @@ class Planner:
         return self._try(plan)
 
     @property
-    def drafts(self) -> int:
-        """How many plans were drafted."""
-        return len(self.tried)
-
-    @property
     def left(self) -> bool:
         """Whether any drafts are left."""
         return self.drafts < self.limit
@@ -117,6 +113,7 @@ class Planner:
             drafted = self.held[key] = self.draft.under(plan)
             if key not in self.tried:
                 self.tried.add(key)
+                self.drafts += 1
                 self.ladder.offer(Rung(drafted.peak, drafted.seconds, plan, self, drafted))
         return drafted
 

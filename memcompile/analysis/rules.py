@@ -160,9 +160,9 @@ def reduced_dims(node: fx.Node) -> set[int]:
     dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     if isinstance(dims, int):
         dims = [dims]
-    return (
-        {d % rank for d in dims} if dims and isinstance(dims, (list, tuple)) else set(range(rank))
-    )
+    if rank and dims and isinstance(dims, (list, tuple)):
+        return {d % rank for d in dims}
+    return set(range(rank))
 
 
 def _squeeze(node: fx.Node, places: tuple[Place, ...]) -> Flow | None:
