@@ -14,10 +14,12 @@ import torch
 from torch import fx
 
 from memcompile._torch.draws import draw_part
+from memcompile._torch.symbols import size_of
 from memcompile.analysis import ops as op_kinds
+from memcompile.analysis.lengths import ratio
 from memcompile.analysis.rules import Place
 from memcompile.region import Part, Region
-from memcompile.step import tensors
+from memcompile.step import hint, tensors
 
 aten = torch.ops.aten
 
@@ -36,18 +38,36 @@ START = {"sum": 0.0, "max": float("-inf"), "min": float("inf")}
 
 @dataclasses.dataclass(frozen=True)
 class Trips:
-    """So many chunks of one size, from ``start`` on; in elements of the sliced dimension."""
+    """So many chunks of one size, from ``start`` on; in elements of the sliced dimension.
 
-    start: int
-    count: int
-    size: int
+    All are ``int`` or ``SymInt``.
+    """
+
+    start: Any
+    count: Any
+    size: Any
+    whole: bool  #: whether they are all there is
+    most: int  #: what the size is at most, at any length
 
 
-def trips(length: int, chunks: int) -> list[Trips]:
-    """Chunks of equal size, and one shorter one where they do not come out even."""
-    size = -(-length // chunks)
+def trips(length: Any, chunks: int) -> list[Trips]:
+    """Chunks of equal size, and one shorter one where they do not come out even.
+
+    Of a symbolic length the size stays a number, and a longer one has more chunks. At least
+    two are left over then, whatever the length: 0 and 1 are sizes that torch would guard on.
+    """
+    size = -(-hint(length) // chunks)
+    if not isinstance(length, int):
+        count, rest = (length - 2) // size, (length - 2) % size + 2
+        return [
+            Trips(0, count, size, whole=False, most=size),
+            Trips(count * size, 1, rest, whole=False, most=size + 1),
+        ]
     count, rest = divmod(length, size)
-    return [Trips(0, count, size)] + ([Trips(count * size, 1, rest)] if rest else [])
+    found = [Trips(0, count, size, whole=not rest, most=size)]
+    if rest:
+        found.append(Trips(count * size, 1, rest, whole=False, most=rest))
+    return found
 
 
 class Body:
@@ -61,7 +81,7 @@ class Body:
     """
 
     def __init__(self, region: Region, part: Part, run: Trips, inputs: list[fx.Node]) -> None:
-        self.region, self.part, self.run_, self.inputs = region, part, run, inputs
+        self.region, self.part, self.whole_run, self.inputs = region, part, run, inputs
         self.given = frozenset(inputs)
 
     def run(self, counter: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -72,7 +92,12 @@ class Body:
         number = len(self.part.outputs)
         buffers, given = rest[:number], rest[number:]
         self.at = counter.item()
-        whole = dict(zip(self.inputs, given, strict=True))
+        self.sizes = given[len(self.inputs) :]
+        run = self.whole_run
+        self.run_ = dataclasses.replace(
+            run, start=self._size(run.start), count=self._size(run.count), size=self._size(run.size)
+        )
+        whole = dict(zip(self.inputs, given, strict=False))
         slices = {
             (node, place): self._slice(value, place)
             for node, value in whole.items()
@@ -95,14 +120,23 @@ class Body:
         if not isinstance(place, int):
             return value
         run = self.run_
-        unit = int(value.shape[place]) // self.region.length
-        size = run.size * unit
-        shape = list(value.shape)
-        if run.count * size != shape[place]:
+        unit = self._unit(value, place)
+        size, count = run.size * unit, run.count
+        shape = [self._size(each) for each in value.shape]
+        if not run.whole:
             start = run.start * unit
-            value = aten.slice.Tensor(value, place, start, start + run.count * size)
-        parts = [*shape[:place], run.count, size, *shape[place + 1 :]]
+            value = aten.slice.Tensor(value, place, start, start + count * size)
+        if isinstance(count, int) and count == 1:
+            return value
+        parts = [*shape[:place], count, size, *shape[place + 1 :]]
         return aten.select.int(aten.view.default(value, parts), place, self.at)
+
+    def _size(self, size: Any) -> Any:
+        return size_of(self.sizes, size)
+
+    def _unit(self, value: torch.Tensor, place: int) -> Any:
+        """How much longer the value is than what is counted in trips."""
+        return self._size(ratio(value.shape[place], self.region.size))
 
     def _compute(
         self,
@@ -118,7 +152,7 @@ class Body:
 
         def read(argument: fx.Node) -> Any:
             if not tensors(argument):
-                raise AssertionError("symbolic sizes do not enter a region")
+                return self._size(argument.meta["val"])  # of what is whole
             place = next(places)
             if argument in env:
                 return env[argument]
@@ -127,7 +161,7 @@ class Body:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), read)
         name = op_kinds.op_name(node)
         if name in DRAWS and isinstance(dim := self.region.places[node], int):
-            unit = node.meta["val"].shape[dim] // self.region.length
+            unit = self._unit(node.meta["val"], dim)
             start = (self.run_.start + self.at * self.run_.size) * unit
             return draw_part(name, args, dim, start, self.run_.size * unit)
         at = SHAPE_AT.get(name)
@@ -137,11 +171,11 @@ class Body:
             return ADDED_IN_PLACE[name](into, *args)
         return node.target(*args, **kwargs)
 
-    def _local_shape(self, node: fx.Node) -> list[int]:
-        shape = list(node.meta["val"].shape)
-        place = self.region.places[node]
+    def _local_shape(self, node: fx.Node) -> list[Any]:
+        value, place = node.meta["val"], self.region.places[node]
+        shape = [self._size(size) for size in value.shape]
         if isinstance(place, int):
-            shape[place] = shape[place] // self.region.length * self.run_.size
+            shape[place] = self._unit(value, place) * self.run_.size
         return shape
 
     def _store(self, buffer: torch.Tensor, place: Place, value: torch.Tensor) -> None:

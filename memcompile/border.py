@@ -55,7 +55,9 @@ class Border:
 
     def __init__(self, step: Step, found: Region) -> None:
         self.step, self.now = step, found
-        self.rules: Rules = rules_for(found.seed.meta["val"].shape[found.dim])
+        self.rules: Rules = rules_for(
+            step.numbered(found.seed).meta["val"].shape[found.dim]
+        )
         self.places, self.reads = dict(found.places), dict(found.reads)
         self.made: set[fx.Node] = set()  #: taken in for the region's sake
         self.refused: set[fx.Node] = set()
@@ -129,7 +131,7 @@ class Border:
         target, output = node, 0
         if node.target is operator.getitem:
             (target, output) = node.args
-        flow = self.rules.giving(target, output, place)
+        flow = self.rules.giving(self.step.numbered(target), output, place)
         if flow is None or not self._agrees(target, flow):
             return
         roots = self._roots(part)
@@ -154,7 +156,7 @@ class Border:
             return
         if node.is_impure() or is_random(node):
             return
-        flow = self.rules.given(node, places)
+        flow = self.rules.given(self.step.numbered(node), places)
         if flow is None or flow.outputs[0] is None or not self._agrees(node, flow):
             return
         freed = 0

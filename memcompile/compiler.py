@@ -15,6 +15,7 @@ from torch import fx
 
 from memcompile import _torch
 from memcompile._torch.fusion import prompt_kernels
+from memcompile._torch.symbols import sizes_from_inputs
 from memcompile.analysis.cost import calibrate
 from memcompile.analysis.ops import runs_twice
 from memcompile.analysis.timeline import HELD
@@ -74,6 +75,8 @@ class Compiler:
         started = time.perf_counter()
         self.notes.clear()
         prepare(module)
+        if self.options.limit.kind != "none":
+            sizes_from_inputs(module.graph)
         step = Step(module, num_outputs, static)
         own, saved = inductor_split(step)
         recut = _redraws(step.module) or _reads_stale(step, own)
@@ -229,6 +232,8 @@ class Compiler:
 
     def _settle(self, step: Step, chosen: Tried, budget: int | None) -> None:
         """What the choice asks of the lowering, and of later lengths."""
+        for expression in dict.fromkeys(e for n in chosen.step.nodes for e in n.meta.get("asked", ())):
+            _torch.guard_fits(expression)
         self.prompt |= chosen.prompt
         if not chosen.pooled:
             self.pooled = False
@@ -266,6 +271,8 @@ class Compiler:
         """
         started = time.perf_counter()
         self.notes.clear()
+        if self.options.limit.kind != "none":
+            sizes_from_inputs(module.graph)
         (results,) = next(iter(module.graph.find_nodes(op="output"))).args
         step = Step(module, len(results))
         drafted = Draft(step, calibrate(step.device), fused=self.fused).under(Plan(frozenset()))

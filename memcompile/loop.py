@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Callable
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from memcompile import _torch
 from memcompile._torch.loops import lower_added_products
+from memcompile._torch.symbols import size_node, size_of, unguarded
 from memcompile.access import access
 from memcompile.analysis import ops as op_kinds
 from memcompile.analysis.cost import Rates, node_seconds
@@ -33,7 +36,8 @@ from memcompile.body import (
     trips,
 )
 from memcompile.region import Part, Region
-from memcompile.step import Step, hint, must_save
+from memcompile.step import Step, hint, must_save, size_expr
+from memcompile.symbolic import bound
 
 aten = torch.ops.aten
 
@@ -50,12 +54,15 @@ class Looped:
 
     def __init__(self, step: Step, region: Region, chunks: int, rates: Rates) -> None:
         self.step, self.region, self.rates = step, region, rates
-        self.runs = trips(region.length, chunks)
+        self.chunks = chunks
         self.graph = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
-        self.bodies: dict[str, fx.GraphModule] = {}
+        self.bodies: dict[str, Callable[[], fx.GraphModule]] = {}
         self.part_of: dict[fx.Node, Part] = {}
         self.done: set[int] = set()
+        self.filled = False
+        self.loops: list[fx.Node] = []
+        self.sizes: dict[Any, fx.Node] = {}  #: symbolic ones, by expression
         for part in (region.late, region.early):
             if part is not None:
                 moved = [node for node in part.nodes if node not in region.again]
@@ -63,7 +70,33 @@ class Looped:
 
     def write(self) -> fx.GraphModule:
         """The new joint graph; its outputs and placeholders are those of the old one."""
+        self.outline()
+        self.fill()
+        return self.module
+
+    def fill(self) -> None:
+        """Trace the bodies of the loops, which drafts do without."""
+        if self.filled:
+            return
         lower_added_products()
+        with unguarded(getattr(self._fake_mode(), "shape_env", None)) as asked:
+            traced = {name: trace() for name, trace in self.bodies.items()}
+        fixed = [e for e in asked if not e.is_Boolean and not e.is_Relational]
+        if fixed:
+            raise ValueError(f"the loop would hold at one value of {fixed[0]} alone")
+        for name, body in traced.items():
+            setattr(self.module, name, body)
+        for loop in self.loops:
+            loop.meta["asked"] = tuple(asked)
+        self.filled = True
+
+    def outline(self) -> fx.GraphModule:
+        """The new joint graph with bodies that are empty yet."""
+        with unguarded(getattr(self._fake_mode(), "shape_env", None)):
+            self.module = self._outline()
+        return self.module
+
+    def _outline(self) -> fx.GraphModule:
         last = {id(part): part.nodes[-1] for part in self.part_of.values()}
         for node in self.step.nodes:
             part = self.part_of.get(node)
@@ -74,8 +107,8 @@ class Looped:
                 self._emit(node)
             elif node is last[id(part)]:
                 self._loop(part)
-        for name, body in self.bodies.items():
-            setattr(self.step.module, name, body)
+        for name in self.bodies:
+            setattr(self.step.module, name, torch.nn.Module())
         self.graph.eliminate_dead_code()
         module = fx.GraphModule(self.step.module, self.graph)
         module.meta.update(self.step.module.meta)
@@ -99,9 +132,9 @@ class Looped:
             return
         self.done.add(id(part))
         inputs = given(part)
-        read = [self._emit(n) for n in inputs]
+        read = [self._emit(n) for n in inputs] + self._symbols()
         buffers = [self._buffer(n) for n in part.outputs]
-        for run in self.runs:
+        for run in trips(self.region.size, self.chunks):
             for buffer in buffers:
                 buffer.meta["buffer"] = True
             buffers = self._while(part, run, inputs, read, buffers)
@@ -149,7 +182,7 @@ class Looped:
             "device": value.device,
             "pin_memory": False,
         }
-        shape = [value.shape[d] for d in order]
+        shape = [self._size(value.shape[d]) for d in order]
         fill = bool(fill) if dtype == torch.bool else fill if dtype.is_floating_point else int(fill)
         full = self._call(aten.full.default, (shape, fill), options, node)
         full.meta["buffer"] = True
@@ -157,6 +190,21 @@ class Looped:
             return full
         back = [order.index(d) for d in range(value.dim())]
         return self._call(aten.permute.default, (full, back), {}, node)
+
+    def _size(self, size: Any) -> Any:
+        """A symbolic size as a node of the new graph, computed from those of the inputs."""
+        if isinstance(size, int):
+            return size
+        expression = size_expr(size)
+        if expression not in self.sizes:
+            symbols = {size_expr(n.meta["val"]): n for n in self._symbols()}
+            self.sizes[expression] = size_node(self.graph, symbols, size)
+        return self.sizes[expression]
+
+    def _symbols(self) -> list[fx.Node]:
+        """The symbolic sizes among the inputs."""
+        found = [n for n in self.step.placeholders if isinstance(n.meta["val"], torch.SymInt)]
+        return [self._emit(n) for n in found]
 
     def _finished(self, node: fx.Node, buffer: fx.Node) -> fx.Node:
         value = node.meta["val"]
@@ -174,6 +222,10 @@ class Looped:
         buffers: list[fx.Node],
     ) -> list[fx.Node]:
         like = part.nodes[-1]
+
+        def more(counter: torch.Tensor, *rest: Any) -> torch.Tensor:
+            return aten.lt.Scalar(counter, size_of(rest, run.count))
+
         options = {
             "dtype": torch.int64,
             "layout": torch.strided,
@@ -184,17 +236,18 @@ class Looped:
         counter.meta["buffer"] = True
         carried = (counter, *buffers)
         values = [n.meta["val"] for n in (*carried, *read)]
-        body = _returning_buffers(self._trace(Body(self.region, part, run, inputs).run, values))
-        cond = self._trace(lambda i, *rest: aten.lt.Scalar(i, run.count), values)
+        trip = Body(self.region, part, run, inputs).run
         number = len(self.bodies) // 2
         names = [self._name(f"loop_cond_{number}"), self._name(f"loop_body_{number}")]
-        self.bodies[names[0]], self.bodies[names[1]] = cond, body
+        self.bodies[names[0]] = lambda: self._trace(more, values)
+        self.bodies[names[1]] = lambda: _returning_buffers(self._trace(trip, values))
         functions = [self.graph.get_attr(name) for name in names]
         loop = self.graph.call_function(
             torch.ops.higher_order.while_loop, (*functions, carried, tuple(read))
         )
         loop.meta["val"] = tuple(n.meta["val"] for n in carried)
         loop.meta["loop"] = self._cost(part, run)
+        self.loops.append(loop)
         self._describe(loop, like)
         outs = []
         for number, buffer in enumerate(buffers, 1):
@@ -221,7 +274,9 @@ class Looped:
 
     def _cost(self, part: Part, run: Trips) -> LoopCost:
         """Bytes one trip needs beside the buffers, and the seconds of all of them."""
-        share = run.size / self.region.length
+        share = hint(run.size) / self.region.length
+        chunk = run.most / size_expr(self.region.size)
+        sizes: dict[fx.Node, sympy.Expr] = {}
         place: dict[fx.Node, int] = {}
         ops: list[Op] = []
         written = set(part.outputs)
@@ -235,6 +290,8 @@ class Looped:
                 not inside and None not in part.inputs.get(node, {None})
             )
             size = int(self.step.bytes(node) * (share if sliced else 1.0))
+            if self.step.dynamic:
+                sizes[node] = self.step.bytes_expr(node) * (chunk if sliced else 1)
             place[node] = len(ops)
             if not inside:
                 ops.append(Op(node, Kind.SOURCE, (), 0, owned=False, traffic=size))
@@ -255,7 +312,11 @@ class Looped:
         line = simulate(ops, grouped=self.step.device.type == "cpu", parted=True)
         buffers = sum(self.step.bytes(n) for n in part.outputs)
         trip = line.seconds(self.rates.memory, self.rates.launch) + TRIP
-        return LoopCost(buffers + line.peak, trip * run.count)
+        inside = None
+        if self.step.dynamic:
+            whole = sympy.Add(*(self.step.bytes_expr(n) for n in part.outputs))
+            inside = whole + bound(self.step, line, sizes.__getitem__)
+        return LoopCost(buffers + line.peak, trip * hint(run.count), inside)
 
 
 #: Seconds to call the body once, beside its kernels.
@@ -268,6 +329,7 @@ class LoopCost:
 
     bytes: int  #: alive inside it beside its inputs, at most: its buffers and one trip
     seconds: float  #: of all its trips
+    expression: sympy.Expr | None = None  #: of ``bytes``, where sizes are symbolic
 
 
 def _returning_buffers(body: fx.GraphModule) -> fx.GraphModule:

@@ -58,6 +58,7 @@ class _State:
     loops: list[Loop]
     drafted: Drafted
     rows: tuple[LoopRow, ...]
+    last: tuple[Loop, Looped] | None = None  #: the move that made it, and how
 
     @property
     def peak(self) -> int:
@@ -155,7 +156,7 @@ class _Search:
             for loops in _by_dim(state.loops, values[0]) if values else []:
                 if loops[0].dim == over.dim:
                     tried = self._tried(state, self._forms(state, loops[0]), loops)
-                    state = _chosen(state, self.start, aim, tried) or state
+                    state = self._written(state, self.start, aim, tried) or state
         return state
 
     def _round(self, state: _State, aim: _Aim) -> tuple[_Over, _State] | None:
@@ -174,7 +175,7 @@ class _Search:
                 continue
             _, loops = best
             tried = self._tried(state, self._forms(state, loops[0]), loops)
-            chosen = _chosen(state, state, aim, tried)
+            chosen = self._written(state, state, aim, tried)
             if chosen is not None:
                 return _Over(value.name, loops[0].dim), chosen
         return None
@@ -212,6 +213,23 @@ class _Search:
             except Exception as error:  # an op that does not stand a smaller shape
                 self.failed(loop, error)
         return self.known[key]
+
+
+    def _written(
+        self, state: _State, start: _State, aim: _Aim, tried: list[_State]
+    ) -> _State | None:
+        """The one chosen, its bodies traced; another where they cannot be."""
+        while (chosen := _chosen(state, start, aim, tried)) is not None:
+            assert chosen.last is not None
+            loop, looped = chosen.last
+            try:
+                looped.fill()
+            except Exception as error:  # an op that does not stand a smaller shape
+                self.failed(loop, error)
+                tried = [new for new in tried if new is not chosen]
+                continue
+            return chosen
+        return None
 
 
 def _chosen(state: _State, start: _State, aim: _Aim, tried: list[_State]) -> _State | None:
@@ -263,8 +281,8 @@ def _large_at_peak(state: _State) -> Iterator[fx.Node]:
 
 def _looped(state: _State, form: Form, loop: Loop, anew: Anew) -> _State:
     step, found = state.planner.draft.step, form.region
-    module = Looped(form.step, found, loop.chunks, state.planner.draft.rates).write()
-    planner, loops = anew(module, state.planner)
+    looped = Looped(form.step, found, loop.chunks, state.planner.draft.rates)
+    planner, loops = anew(looped.outline(), state.planner)
     kept = {node.name for node in state.drafted.plan.kept}
     new = planner.draft.step
     plan = Plan(frozenset(n for n in new.early_values() if n.name in kept))
@@ -281,4 +299,4 @@ def _looped(state: _State, form: Form, loop: Loop, anew: Anew) -> _State:
         peak_before=state.peak,
         peak_after=drafted.peak,
     )
-    return _State(planner, loops, drafted, (*state.rows, row))
+    return _State(planner, loops, drafted, (*state.rows, row), (loop, looped))

@@ -10,11 +10,13 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import fx
 
 from memcompile.analysis.flow import Rules, rules_for
+from memcompile.analysis.lengths import ratio
 from memcompile.analysis.rules import Place, tensor_args
 from memcompile.step import Step, hint, is_view, tensors
 
@@ -41,18 +43,23 @@ class Region:
 
     seed: fx.Node
     dim: int
-    length: int
+    size: Any  #: of the sliced dimension, an ``int`` or a ``SymInt``
     places: dict[fx.Node, Place]  #: of every node of the region
     reads: dict[fx.Node, tuple[Place, ...]]  #: how each one reads its tensor arguments
     early: Part
     late: Part | None  #: ``None`` where nothing late reads the interior
     again: frozenset[fx.Node] = frozenset()  #: nodes that run outside too, for others
 
+    @property
+    def length(self) -> int:
+        """Of the sliced dimension, in this trace."""
+        return hint(self.size)
+
 
 def find(step: Step, seed: fx.Node, dim: int) -> Region | None:
     """The region around ``seed`` sliced along ``dim``; ``None`` where there is none."""
-    (value, *_) = tensors(seed)
-    length = value.shape[dim]
+    values = tensors(step.numbered(seed))
+    length = values[0].shape[dim] if values else None
     if not isinstance(length, int) or length < 2:
         return None
     for large in LARGE:
@@ -147,7 +154,7 @@ class _Growth:
             if is_view(node):
                 return False
             target, output = node.args[0], node.args[1]
-        flow = self.rules.giving(target, output, place)
+        flow = self.rules.giving(self.step.numbered(target), output, place)
         if flow is None:
             return not self._is_large(node) and is_view(node)
         self._take(target, flow.inputs, flow.outputs)
@@ -160,7 +167,7 @@ class _Growth:
         places = [self._seen_from(node, a) for a in tensor_args(node)]
         if any(isinstance(p, str) for p in places):
             return False
-        flow = self.rules.given(node, places)
+        flow = self.rules.given(self.step.numbered(node), places)
         if flow is None:
             return False
         self._take(node, flow.inputs, flow.outputs)
@@ -226,8 +233,8 @@ def assemble(
         reads: how each of them reads its tensor arguments.
         again: those of them that also run outside, for others.
     """
-    length = _length(places, reads)
-    if length is None:
+    size = _size(step, places, reads)
+    if size is None:
         return None
     early = [n for n in step.nodes if n in places and n in step.sides.early]
     late = [n for n in step.nodes if n in places and n in step.sides.late]
@@ -238,7 +245,7 @@ def assemble(
     for node in (*early, *late):
         if any(isinstance(p, str) for p in reads[node]):
             return None
-    region = Region(seed, dim, length, places, reads, Part([], {}, []), None, frozenset(again))
+    region = Region(seed, dim, size, places, reads, Part([], {}, []), None, frozenset(again))
     one = _part(step, region, early, set(late))
     other = _part(step, region, late, set()) if late else None
     if one is None or (late and other is None):
@@ -246,16 +253,22 @@ def assemble(
     return dataclasses.replace(region, early=one, late=other)
 
 
-def _length(places: dict[fx.Node, Place], reads: dict[fx.Node, tuple[Place, ...]]) -> int | None:
+def _size(
+    step: Step, places: dict[fx.Node, Place], reads: dict[fx.Node, tuple[Place, ...]]
+) -> Any:
     """Of the shortest sliced dimension; a longer one must hold it a whole number of times."""
-    sizes: set[int] = set()
+    sizes: dict[int, dict[str, Any]] = {}
     for node, given in reads.items():
         pairs = [*zip(tensor_args(node), given, strict=True), (node, places[node])]
         for value, place in pairs:
             if isinstance(place, int) and isinstance(value.meta["val"], torch.Tensor):
-                sizes.add(value.meta["val"].shape[place])
+                number = step.numbered(value).meta["val"].shape[place]
+                size = value.meta["val"].shape[place]
+                sizes.setdefault(number, {})[str(size)] = size
     least = min(sizes)
-    return None if least < 2 or any(size % least for size in sizes) else least
+    (size, *_) = sizes[least].values()
+    every = [each for same in sizes.values() for each in same.values()]
+    return None if least < 2 or any(ratio(each, size) is None for each in every) else size
 
 
 def _repeated(

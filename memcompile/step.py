@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from memcompile import _torch
+from memcompile.analysis.lengths import with_numbers
 
 
 def tensors(node: fx.Node) -> list[torch.Tensor]:
@@ -221,6 +222,14 @@ class Step:
         for node in self.nodes:
             roots[node] = roots[view_base(node)] if is_view(node) else node
         return roots
+
+    def numbered(self, node: fx.Node) -> fx.Node:
+        """The node with a prime for every symbolic size: what rules of dimensions are asked about."""
+        return self._numbered[node] if self.dynamic else node
+
+    @functools.cached_property
+    def _numbered(self) -> dict[fx.Node, fx.Node]:
+        return with_numbers(self.nodes)
 
     @functools.cached_property
     def overwritten(self) -> frozenset[fx.Node]:

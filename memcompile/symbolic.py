@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import sympy
 from torch import fx
@@ -36,16 +36,20 @@ def peak_expressions(step: Step, drafted: Drafted) -> list[tuple[sympy.Expr, int
 
 
 def _moments(
-    step: Step, line: Timeline, total: Counter[sympy.Expr]
+    step: Step,
+    line: Timeline,
+    total: Counter[sympy.Expr],
+    size_of: Callable[[fx.Node], sympy.Expr] | None = None,
 ) -> Iterator[Counter[sympy.Expr]]:
     """The running sum at each op that allocates; the same object each time."""
     n = len(line.ops)
     dies: list[list[int]] = [[] for _ in range(n)]
     sizes: dict[int, Counter[sympy.Expr]] = {}
+    size_of = step.bytes_expr if size_of is None else size_of
     for j, op in enumerate(line.ops):
         if not line.real.real[j] or not op.bytes or not isinstance(op.node, fx.Node):
             continue
-        sizes[j] = _monomials(step.bytes_expr(op.node))
+        sizes[j] = _monomials(size_of(op.node))
         if op.kind == Kind.SOURCE:
             total.update(sizes[j])
         if line.last[j] < n:
@@ -54,8 +58,22 @@ def _moments(
         if op.kind != Kind.SOURCE and j in sizes:
             total.update(sizes[j])
             yield total
+        loop = op.node.meta.get("loop") if isinstance(op.node, fx.Node) else None
+        if loop is not None:
+            inside = _monomials(loop.expression)
+            total.update(inside)
+            yield total
+            total.subtract(inside)
         for dead in dies[j]:
             total.subtract(sizes[dead])
+
+
+def bound(step: Step, line: Timeline, size_of: Callable[[fx.Node], sympy.Expr]) -> sympy.Expr:
+    """What no moment of a timeline exceeds at any size, where the parts have sizes of their own."""
+    most: Counter[sympy.Expr] = Counter()
+    for moment in _moments(step, line, Counter(), size_of):
+        most |= moment
+    return sympy.Add(*(m * c for m, c in most.items()))
 
 
 def _monomials(expression: sympy.Expr) -> Counter[sympy.Expr]:

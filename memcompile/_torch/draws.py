@@ -31,9 +31,9 @@ __all__ = [
 ]
 
 _library = torch.library.Library("memcompile", "FRAGMENT")
-_PLACE = "int dim, SymInt start, int length"
-_library.define(f"random_part(int[] whole, Tensor seed, str mode, {_PLACE}) -> Tensor")
-_library.define(f"randint_part(int low, int high, int[] whole, Tensor seed, {_PLACE}) -> Tensor")
+_PLACE = "int dim, SymInt start, SymInt length"
+_library.define(f"random_part(SymInt[] whole, Tensor seed, str mode, {_PLACE}) -> Tensor")
+_library.define(f"randint_part(int low, int high, SymInt[] whole, Tensor seed, {_PLACE}) -> Tensor")
 _random_part = torch.ops.memcompile.random_part.default
 _randint_part = torch.ops.memcompile.randint_part.default
 

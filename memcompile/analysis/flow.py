@@ -67,7 +67,7 @@ class Rules:
     def _ask(self, node: fx.Node, places: tuple[Place, ...]) -> Flow | None:
         if node.op != "call_function" or any(isinstance(p, str) for p in places):
             return None
-        if not _static(node):
+        if node.meta.get("val") is None or not _static(node):
             return None
         if node.target is operator.getitem:
             return None

@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from memcompile.contract import Context, Exactness, Loop, Proposer
-from memcompile.step import Step, module_names
+from memcompile.step import Step, hint, module_names
 
 #: Chunk counts offered, as far as ``max_chunks`` goes.
 COUNTS = (4, 12, 24, 64)
@@ -23,10 +23,11 @@ COUNTS = (4, 12, 24, 64)
 MORE, STILL_LARGE = (192, 512), 2**24
 
 
-def _counts(length: int, most: int, size: int) -> list[int]:
+def _counts(length: Any, most: int, size: int) -> list[int]:
     """Chunk counts for a value of ``size`` bytes, at most ``most``, dividing the length if near.
 
-    A shorter last chunk costs a second loop; up to twice as many chunks avoid it.
+    A shorter last chunk costs a second loop; up to twice as many chunks avoid it. A symbolic
+    length is divided by nothing.
     """
     found: list[int] = []
     counts: tuple[int, ...] = COUNTS
@@ -35,7 +36,7 @@ def _counts(length: int, most: int, size: int) -> list[int]:
     else:
         most = min(most, COUNTS[-1])
     for count in counts:
-        near = range(count, min(2 * count, most + 1))
+        near = range(count, min(2 * count, most + 1) if isinstance(length, int) else count)
         found += [next((n for n in near if length % n == 0), count)] if count <= most else []
     return list(dict.fromkeys(found))
 
@@ -81,24 +82,15 @@ class Chunk(Proposer):
             if n.op == "call_function" and isinstance(n.meta.get("val"), torch.Tensor)
         ]
         largest = max((step.bytes(n) for n in values), default=0)
-        unknown: set[str] = set()
         for value in values:
             if step.roots[value] is not value or step.bytes(value) < self.least * largest:
                 continue
             if value in without or (self.only and value not in only):
                 continue
             for dim, length in enumerate(value.meta["val"].shape):
-                if isinstance(length, int):
-                    most = min(length, self.max_chunks)
-                    for chunks in _counts(length, most, step.bytes(value)):
-                        yield Loop(value, dim, chunks, without)
-                else:
-                    unknown.add(str(length))
-        if unknown:
-            context.remark(
-                f"dimensions of symbolic length ({', '.join(sorted(unknown))}) are not chunked; "
-                "compile with dynamic=False, or mark_static them, for loops: once a length then"
-            )
+                most = min(hint(length), self.max_chunks)
+                for chunks in _counts(length, most, step.bytes(value)):
+                    yield Loop(value, dim, chunks, without)
 
     def _named(self, option: str, step: Step, context: Context) -> set[fx.Node]:
         """The nodes of the modules an option names; a name of none is remarked on."""

@@ -1,0 +1,177 @@
+"""Loops over dimensions of symbolic length: one plan for many lengths, each as eager has it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from chunk_subjects import Attention, OuterProductMean, Transition, Triangle, Words, double, words
+from helpers import assert_same, expected, memopt, observe, short_planning, tensor
+from torch import nn
+from torch.nn import functional as F
+
+import memcompile
+from memcompile import measure_peak
+from memcompile.analysis.lengths import FROM, ratio
+
+#: A model, and its input of one length.
+SUBJECTS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]]] = {
+    "attention": (lambda: double(Attention), lambda n: tensor(2, n, 8)),
+    "attention, fixed input": (lambda: double(Attention), lambda n: tensor(2, n, 8, grad=False)),
+    "triangle": (lambda: double(Triangle), lambda n: tensor(n, n, 4)),
+    "gelu": (lambda: double(Transition, F.gelu), lambda n: tensor(n, 5, 4)),
+    "outer product": (lambda: double(OuterProductMean), lambda n: tensor(3, n, 6)),
+    "words": (lambda: double(Words, False), words),
+    "tied words": (lambda: double(Words, True), words),
+}
+
+
+@pytest.fixture(autouse=True)
+def _cold() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(model: nn.Module, budget: Any = "min", lower: str = "eager", **more: Any) -> Any:
+    options = {"passes": "default,chunk", "strict": True, "dynamic": True, **more}
+    return memopt(model, budget, lower, **options)
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_one_plan_with_loops_is_the_step_at_every_length(name: str) -> None:
+    make, of_length = SUBJECTS[name]
+    model = make()
+    call = compiled(model)
+    seen, since = [], len(memcompile.reports())
+    for length in (37, 36, 41, 64, 29, 38):
+        model.zero_grad()
+        wanted = expected(model, [of_length(length)])
+        with short_planning():
+            assert_same(observe(model, call, [of_length(length)]), wanted)
+        seen.append(len(memcompile.reports()) - since)
+    assert seen == [1] * len(seen)  # none is planned anew: not the prime, not the even ones
+    (report,) = memcompile.reports()[since:]
+    assert report.loops and report.symbols
+    assert report.lowered < 0.85 * report.inductor
+
+
+def test_a_short_length_is_right_too() -> None:
+    """Torch may plan anew where no whole chunk is left."""
+    model = double(Attention)
+    call = compiled(model)
+    for length in (97, 2, 3, 5, 8):
+        model.zero_grad()
+        wanted = expected(model, [tensor(1, length, 8)])
+        assert_same(observe(model, call, [tensor(1, length, 8)]), wanted)
+    assert memcompile.reports()[-2].loops
+
+
+def test_no_length_that_shares_a_plan_exceeds_the_budget() -> None:
+    """Lengths that fit share the plan with its loops; a longer one is planned anew, or refused."""
+    torch.manual_seed(0)
+    model = Attention(16, 4)
+    budget = 1_500_000
+    call = compiled(model, budget, "inductor")
+
+    def step(length: int) -> None:
+        model.zero_grad(set_to_none=True)
+        call(torch.randn(1, length, 16)).square().sum().backward()
+
+    plans = []
+    for length in (241, 200, 245, 331):
+        since = len(memcompile.reports())
+        step(length)
+        assert measure_peak(step, length).bytes <= budget
+        plans.append(len(memcompile.reports()) - since)
+    assert memcompile.reports()[-1].loops
+    assert plans[1:3] == [0, 0]
+    with pytest.raises(memcompile.BudgetError, match="cannot fit"):
+        step(1500)
+
+
+def test_dropout_in_loops_of_any_length_is_that_of_the_whole() -> None:
+    """Every chunk draws its part of the mask that Inductor draws for that length."""
+
+    class Dropped(nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            weights = F.dropout((x @ x.T).softmax(0), 0.25)
+            return weights @ x, weights == 0
+
+    model, since = Dropped(), len(memcompile.reports())
+    call = compiled(model, lower="inductor")
+    plain = torch.compile(copy.deepcopy(model), dynamic=True)
+    for length in (37, 58):
+        x = torch.randn(length, 4, requires_grad=True)
+        torch.manual_seed(0)
+        got = observe(None, call, [x])
+        torch.manual_seed(0)
+        wanted = observe(None, plain, [x])
+        assert torch.equal(got.outputs[1], wanted.outputs[1])
+        assert_same(got, wanted, atol=1e-5, rtol=1e-4)
+    reports = memcompile.reports()[since:]
+    assert len(reports) == 1 and reports[0].loops
+
+
+def test_an_inference_graph_of_any_length_is_looped() -> None:
+    model = double(Attention)
+    call = compiled(model, lower="inductor")
+    since = len(memcompile.reports())
+    for length in (97, 64, 113):
+        x = tensor(1, length, 8, grad=False)
+        with torch.no_grad():
+            torch.testing.assert_close(call(x), model(x))
+    reports = memcompile.reports()[since:]
+    assert len(reports) == 1 and reports[0].loops
+
+
+def test_a_loop_over_heads_holds_at_every_length() -> None:
+    """A dimension of fixed length in a step whose other sizes are symbolic."""
+    model = double(Attention, 8, 4)
+    call = compiled(model, passes="default,chunk{skip=none}", strict=False)
+    for length in (24, 31):
+        wanted = expected(model, [tensor(2, length, 8)])
+        model.zero_grad()
+        assert_same(observe(model, call, [tensor(2, length, 8)]), wanted)
+
+
+# ---------------------------------------------------------------- lengths as numbers
+
+
+def test_a_length_divides_another_only_where_it_does_at_all_lengths() -> None:
+    sizes: list[Any] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        sizes.extend(i for i in inputs if isinstance(i, torch.SymInt))
+        (n,) = sizes
+        assert ratio(n, n) == 1 and ratio(3 * n, n) == 3
+        assert str(ratio(n * n, n)) == str(n)
+        assert ratio(n + 1, n) is None and ratio(64, n) is None and ratio(n, 2 * n) is None
+        assert ratio(n // 2, n) is None
+        return module
+
+    torch.compile(lambda x: x + 1, backend=backend, dynamic=True)(torch.zeros(64))
+    assert sizes
+    assert ratio(64, 32) == 2 and ratio(64, 48) is None
+
+
+def test_no_size_of_a_model_stands_for_a_symbol() -> None:
+    """Equal by chance, a length and a width would be sliced together."""
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(4, FROM)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.up(x).softmax(-1).softmax(0) @ self.up.weight
+
+    model = double(Wide)
+    call = compiled(model)
+    for length in (FROM, 350):
+        model.zero_grad()
+        wanted = expected(model, [tensor(length, 4)])
+        assert_same(observe(model, call, [tensor(length, 4)]), wanted)
