@@ -16,8 +16,8 @@ from torch import fx
 from memcompile._torch.draws import draw_part
 from memcompile._torch.symbols import size_of
 from memcompile.analysis import ops as op_kinds
-from memcompile.analysis.lengths import ratio
 from memcompile.analysis.rules import Place
+from memcompile.lengths import ratio
 from memcompile.region import Part, Region
 from memcompile.step import hint, tensors
 

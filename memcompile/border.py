@@ -55,9 +55,7 @@ class Border:
 
     def __init__(self, step: Step, found: Region) -> None:
         self.step, self.now = step, found
-        self.rules: Rules = rules_for(
-            step.numbered(found.seed).meta["val"].shape[found.dim]
-        )
+        self.rules: Rules = rules_for(step.numbered(found.seed).meta["val"].shape[found.dim])
         self.places, self.reads = dict(found.places), dict(found.reads)
         self.made: set[fx.Node] = set()  #: taken in for the region's sake
         self.refused: set[fx.Node] = set()

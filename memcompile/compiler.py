@@ -232,7 +232,9 @@ class Compiler:
 
     def _settle(self, step: Step, chosen: Tried, budget: int | None) -> None:
         """What the choice asks of the lowering, and of later lengths."""
-        for expression in dict.fromkeys(e for n in chosen.step.nodes for e in n.meta.get("asked", ())):
+        for expression in dict.fromkeys(
+            e for n in chosen.step.nodes for e in n.meta.get("asked", ())
+        ):
             _torch.guard_fits(expression)
         self.prompt |= chosen.prompt
         if not chosen.pooled:

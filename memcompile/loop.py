@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from memcompile import _torch
 from memcompile._torch.loops import lower_added_products
-from memcompile._torch.symbols import size_node, size_of, unguarded
+from memcompile._torch.symbols import size_node, size_of, uncached, unguarded
 from memcompile.access import access
 from memcompile.analysis import ops as op_kinds
 from memcompile.analysis.cost import Rates, node_seconds
@@ -266,7 +266,7 @@ class Looped:
     def _trace(self, function: Any, values: list[Any]) -> fx.GraphModule:
         mode = self._fake_mode()
         _allow_scalar_outputs(mode)
-        with mode, torch.no_grad():
+        with uncached(mode), mode, torch.no_grad():
             module = make_fx(function)(*values)
         for node in module.graph.nodes:
             node.meta.pop("from_node", None)
@@ -312,11 +312,11 @@ class Looped:
         line = simulate(ops, grouped=self.step.device.type == "cpu", parted=True)
         buffers = sum(self.step.bytes(n) for n in part.outputs)
         trip = line.seconds(self.rates.memory, self.rates.launch) + TRIP
-        inside = None
+        expression = None
         if self.step.dynamic:
-            whole = sympy.Add(*(self.step.bytes_expr(n) for n in part.outputs))
-            inside = whole + bound(self.step, line, sizes.__getitem__)
-        return LoopCost(buffers + line.peak, trip * hint(run.count), inside)
+            written_to = sympy.Add(*(self.step.bytes_expr(n) for n in part.outputs))
+            expression = written_to + bound(self.step, line, sizes.__getitem__)
+        return LoopCost(buffers + line.peak, trip * hint(run.count), expression)
 
 
 #: Seconds to call the body once, beside its kernels.

@@ -214,7 +214,6 @@ class _Search:
                 self.failed(loop, error)
         return self.known[key]
 
-
     def _written(
         self, state: _State, start: _State, aim: _Aim, tried: list[_State]
     ) -> _State | None:

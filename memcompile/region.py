@@ -16,8 +16,8 @@ import torch
 from torch import fx
 
 from memcompile.analysis.flow import Rules, rules_for
-from memcompile.analysis.lengths import ratio
 from memcompile.analysis.rules import Place, tensor_args
+from memcompile.lengths import ratio
 from memcompile.step import Step, hint, is_view, tensors
 
 #: A value is of the seed's order from this share of its elements on: the first that gives a region.
@@ -253,9 +253,7 @@ def assemble(
     return dataclasses.replace(region, early=one, late=other)
 
 
-def _size(
-    step: Step, places: dict[fx.Node, Place], reads: dict[fx.Node, tuple[Place, ...]]
-) -> Any:
+def _size(step: Step, places: dict[fx.Node, Place], reads: dict[fx.Node, tuple[Place, ...]]) -> Any:
     """Of the shortest sliced dimension; a longer one must hold it a whole number of times."""
     sizes: dict[int, dict[str, Any]] = {}
     for node, given in reads.items():

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from memcompile import _torch
-from memcompile.analysis.lengths import with_numbers
+from memcompile.lengths import with_numbers
 
 
 def tensors(node: fx.Node) -> list[torch.Tensor]:
@@ -224,7 +224,7 @@ class Step:
         return roots
 
     def numbered(self, node: fx.Node) -> fx.Node:
-        """The node with a prime for every symbolic size: what rules of dimensions are asked about."""
+        """The node with a prime for every symbolic size: what rules are asked about."""
         return self._numbered[node] if self.dynamic else node
 
     @functools.cached_property

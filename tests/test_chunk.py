@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from chunk_subjects import SUBJECTS, Attention, OuterProductMean, Scores, Words, double, words
-from helpers import FUSED_CLOSE, assert_same, expected, memopt, observe, planned, tensor
+from helpers import FUSED_CLOSE, assert_same, expected, memopt, planned, tensor
 from memcompile_passes.chunk import Chunk
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -374,27 +374,6 @@ def test_what_names_no_module_is_refused(given: str) -> None:
 
 
 # ---------------------------------------------------------------- where there are no loops
-
-
-def test_symbolic_lengths_are_not_looped_and_the_report_says_what_to_do() -> None:
-    report = looped(double(Attention), tensor(1, 37, 8), dynamic=True, strict=False)
-    assert report.symbols and not report.loops
-    assert "symbolic length (s" in str(report) and "dynamic=False" in str(report)
-    with pytest.raises(memcompile.PassError, match="symbolic length"):
-        looped(double(Attention), tensor(1, 37, 8), dynamic=True)
-
-
-def test_a_second_length_has_loops_too_without_dynamic_shapes() -> None:
-    torch._dynamo.reset()
-    model = double(Attention)
-    options = {"budget": "min", "passes": PASSES, "lower": "eager"}
-    compiled = torch.compile(model, backend="memopt", dynamic=False, options=options)
-    for length in (37, 41):
-        model.zero_grad()
-        x = tensor(1, length, 8)
-        wanted = expected(model, [x])
-        assert_same(observe(model, compiled, [x]), wanted)
-        assert memcompile.reports()[-1].loops
 
 
 def test_no_loop_has_more_chunks_than_the_pass_allows() -> None:

@@ -27,12 +27,13 @@ __all__ = [
     "ShapeEnv",
     "SymT",
     "like",
-    "size_node",
     "simplified",
+    "size_node",
     "size_of",
     "sizes_from_inputs",
     "symbol_is_type",
     "sympy_interp",
+    "uncached",
     "unguarded",
 ]
 
@@ -62,7 +63,7 @@ def _value(node: fx.Node) -> Any:
 
 
 def simplified(expression: sympy.Expr) -> sympy.Expr:
-    """The expression with plain quotients where a division leaves nothing: ``s * s // s`` is ``s``."""
+    """With plain quotients where a division leaves nothing: ``s * s // s`` is ``s``."""
 
     def divided(whole: sympy.Expr, part: sympy.Expr) -> sympy.Expr:
         quotient = sympy.cancel(whole / part)
@@ -105,6 +106,13 @@ def size_of(given: Sequence[Any], size: Any) -> Any:
         return size
     symbols = {s.node.expr: s for s in given if isinstance(s, torch.SymInt)}
     return sympy_interp(PythonReferenceAnalysis, symbols, size.node.expr)
+
+
+@contextlib.contextmanager
+def uncached(mode: Any) -> Iterator[None]:
+    """Within the block a fake mode works each op out: for symbolic sizes its cache costs more."""
+    with mock.patch.object(mode, "cache_enabled", False) if mode else contextlib.nullcontext():
+        yield
 
 
 @contextlib.contextmanager
