@@ -11,7 +11,7 @@ Linearity is read off the graph, op by op; an op that is not known to be linear 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -40,13 +40,16 @@ class Form:
     region: Region
 
 
-def forms(step: Step, seed: fx.Node, dim: int) -> Iterator[Form]:
+def forms(
+    step: Step, seed: fx.Node, dim: int, kept: Collection[fx.Node] = ()
+) -> Iterator[Form]:
     """The region around ``seed``: as a loop a side, and as one with its gradients early.
 
     Args:
         step: the step.
         seed: a large value.
         dim: the dimension to slice it along.
+        kept: roots that are saved for the backward, whoever reads them.
     """
     found = region.find(step, seed, dim)
     if found is None:

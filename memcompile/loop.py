@@ -106,6 +106,8 @@ class Looped:
                 buffer.meta["buffer"] = True
             buffers = self._while(part, run, inputs, read, buffers)
         for node, buffer in zip(part.outputs, buffers, strict=True):
+            buffer._rename(node.name)  # what was kept is known by its name
+        for node, buffer in zip(part.outputs, buffers, strict=True):
             new = self.env[node] = self._finished(node, buffer)
             if must_save(node):
                 new.meta["recompute"] = node.meta["recompute"]

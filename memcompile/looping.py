@@ -185,7 +185,8 @@ class _Search:
             step = state.planner.draft.step
             self.known_forms[key] = []
             try:
-                self.known_forms[key] = list(forms(step, loop.value, loop.dim))
+                kept = state.drafted.plan.kept
+                self.known_forms[key] = list(forms(step, loop.value, loop.dim, kept))
             except Exception as error:  # a graph that no rule foresaw
                 self.failed(loop, error)
         return self.known_forms[key]
