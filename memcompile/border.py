@@ -65,7 +65,7 @@ class Border:
         self.step, self.now, self.kept = step, found, frozenset(kept)
         self.rules: Rules = rules_for(found.seed.meta["val"].shape[found.dim])
         self.places, self.reads = dict(found.places), dict(found.reads)
-        self.made: set[fx.Node] = set()  #: taken in for the region's sake
+        self.made: set[fx.Node] = set(found.again)  #: taken in for the region's sake
         self.refused: set[fx.Node] = set()
 
     def best(self) -> Region | None:

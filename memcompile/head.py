@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from memcompile import _torch, region
+from memcompile import _torch, between, region
 from memcompile.analysis.ops import op_name
 from memcompile.analysis.rules import tensor_args
-from memcompile.border import widened
+from memcompile.border import Border, widened
 from memcompile.region import Region
 from memcompile.step import Step, tensors
 
@@ -40,9 +40,7 @@ class Form:
     region: Region
 
 
-def forms(
-    step: Step, seed: fx.Node, dim: int, kept: Collection[fx.Node] = ()
-) -> Iterator[Form]:
+def forms(step: Step, seed: fx.Node, dim: int, kept: Collection[fx.Node] = ()) -> Iterator[Form]:
     """The region around ``seed``: as a loop a side, and as one with its gradients early.
 
     Args:
@@ -52,12 +50,17 @@ def forms(
         kept: roots that are saved for the backward, whoever reads them.
     """
     found = region.find(step, seed, dim)
+    layer = between.find(step, seed, dim, kept) if kept else None
     if found is None:
+        if layer is not None:
+            yield Form(*layer)
         return
     yield Form(step, found)
     wide = widened(step, found)
-    if wide is not None:
-        yield Form(step, wide)
+    if wide is not None or layer is not None:
+        others = [Form(step, wide)] if wide else []
+        others += [Form(*layer)] if layer else []
+        yield min(others, key=lambda form: _crossing(form, kept))
     for module in early_gradients(step, found):
         static = [place for place, node in enumerate(step.primals) if node in step.static]
         other = Step(module, step.num_outputs, static)
@@ -66,6 +69,13 @@ def forms(
         if whole is not None and whole.late is None:
             yield Form(other, whole)
             return
+
+
+def _crossing(form: Form, kept: Collection[fx.Node]) -> int:
+    """Bytes that cross the region's border and are not kept anyway."""
+    names = {node.name for node in kept}
+    border = Border(form.step, form.region, [n for n in form.step.nodes if n.name in names])
+    return border.crossing(form.region)
 
 
 def early_gradients(step: Step, found: Region) -> Iterator[fx.GraphModule]:

@@ -196,7 +196,7 @@ class Looped:
             torch.ops.higher_order.while_loop, (*functions, carried, tuple(read))
         )
         loop.meta["val"] = tuple(n.meta["val"] for n in carried)
-        loop.meta["loop"] = self._cost(part, run)
+        loop.meta["loop"] = cost(self.step, self.region, part, run, self.rates)
         self._describe(loop, like)
         outs = []
         for number, buffer in enumerate(buffers, 1):
@@ -221,44 +221,6 @@ class Looped:
             node.meta.pop("from_node", None)
         return module
 
-    def _cost(self, part: Part, run: Trips) -> LoopCost:
-        """Bytes one trip needs beside the buffers, and the seconds of all of them."""
-        share = run.size / self.region.length
-        place: dict[fx.Node, int] = {}
-        ops: list[Op] = []
-        written = set(part.outputs)
-        for node in (*given(part), *part.nodes):
-            root = self.step.roots[node]
-            if root is not node and root in place:
-                place[node] = place[root]
-                continue
-            inside = node in self.region.reads and node not in part.inputs
-            sliced = isinstance(self.region.places.get(node), int) or (
-                not inside and None not in part.inputs.get(node, {None})
-            )
-            size = int(self.step.bytes(node) * (share if sliced else 1.0))
-            place[node] = len(ops)
-            if not inside:
-                ops.append(Op(node, Kind.SOURCE, (), 0, owned=False, traffic=size))
-                continue
-            reads = tuple(dict.fromkeys(place[a] for a in node.all_input_nodes if a in place))
-            seconds = node_seconds(node, self.rates, materialised=False) * share
-            several = isinstance(node.meta.get("val"), (list, tuple))
-            own = 0 if several or (node in written and sliced) else size
-            if node in written and adds_in_place(node, self.region.places[node]):
-                own, seconds = 0, max(seconds, 2 * size / self.rates.memory)
-            name, kind = op_kinds.op_name(node), op_kinds.classify(node)
-            heavy, drawn = name in op_kinds.HEAVY, name in op_kinds.DRAWN
-            walk = access(node)
-            moved = tuple(place[a] for a in walk.moved if a in place)
-            ops.append(
-                Op(node, kind, reads, own, seconds, heavy, drawn, moved=moved, breaks=walk.breaks)
-            )
-        line = simulate(ops, grouped=self.step.device.type == "cpu", parted=True)
-        buffers = sum(self.step.bytes(n) for n in part.outputs)
-        trip = line.seconds(self.rates.memory, self.rates.launch) + TRIP
-        return LoopCost(buffers + line.peak, trip * run.count)
-
 
 #: Seconds to call the body once, beside its kernels.
 TRIP = 5e-5
@@ -270,6 +232,53 @@ class LoopCost:
 
     bytes: int  #: alive inside it beside its inputs, at most: its buffers and one trip
     seconds: float  #: of all its trips
+
+
+def cost(step: Step, region: Region, part: Part, run: Trips, rates: Rates) -> LoopCost:
+    """Bytes one trip needs beside the buffers, and the seconds of all of them.
+
+    Args:
+        step: the step.
+        region: what the loops hold.
+        part: the side of it that is looped.
+        run: how its dimension is cut.
+        rates: what the device can do.
+    """
+    share = run.size / region.length
+    place: dict[fx.Node, int] = {}
+    ops: list[Op] = []
+    written = set(part.outputs)
+    for node in (*given(part), *part.nodes):
+        root = step.roots[node]
+        if root is not node and root in place:
+            place[node] = place[root]
+            continue
+        inside = node in region.reads and node not in part.inputs
+        sliced = isinstance(region.places.get(node), int) or (
+            not inside and None not in part.inputs.get(node, {None})
+        )
+        size = int(step.bytes(node) * (share if sliced else 1.0))
+        place[node] = len(ops)
+        if not inside:
+            ops.append(Op(node, Kind.SOURCE, (), 0, owned=False, traffic=size))
+            continue
+        reads = tuple(dict.fromkeys(place[a] for a in node.all_input_nodes if a in place))
+        seconds = node_seconds(node, rates, materialised=False) * share
+        several = isinstance(node.meta.get("val"), (list, tuple))
+        own = 0 if several or (node in written and sliced) else size
+        if node in written and adds_in_place(node, region.places[node]):
+            own, seconds = 0, max(seconds, 2 * size / rates.memory)
+        name, kind = op_kinds.op_name(node), op_kinds.classify(node)
+        heavy, drawn = name in op_kinds.HEAVY, name in op_kinds.DRAWN
+        walk = access(node)
+        moved = tuple(place[a] for a in walk.moved if a in place)
+        ops.append(
+            Op(node, kind, reads, own, seconds, heavy, drawn, moved=moved, breaks=walk.breaks)
+        )
+    line = simulate(ops, grouped=step.device.type == "cpu", parted=True)
+    buffers = sum(step.bytes(n) for n in part.outputs)
+    trip = line.seconds(rates.memory, rates.launch) + TRIP
+    return LoopCost(buffers + line.peak, trip * run.count)
 
 
 def _returning_buffers(body: fx.GraphModule) -> fx.GraphModule:

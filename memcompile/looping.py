@@ -8,6 +8,7 @@ any other, with a ladder of its own.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,9 +16,11 @@ from typing import Any
 from torch import fx
 
 from memcompile.analysis.ops import is_random, op_name
+from memcompile.analysis.timeline import simulate
+from memcompile.body import trips
 from memcompile.contract import Loop
 from memcompile.head import Form, forms
-from memcompile.loop import Looped
+from memcompile.loop import LoopCost, Looped, cost
 from memcompile.plan import Drafted, Plan
 from memcompile.planner import Planner
 from memcompile.report import LoopRow
@@ -27,6 +30,10 @@ from memcompile.step import source_line
 ROUNDS, WIDEST = 24, 4
 #: What a round must lower the excess to, as a share of itself.
 ENOUGH = 0.95
+#: The same where the step as a whole is to be lowered, of which one layer is a small part.
+FLOOR_ENOUGH = 0.998
+#: How many high moments of the step are looked at for the floor's sake.
+HIGHEST = 12
 #: How high one moment may stand on the way, as a share of the peak, for others to come down.
 RISE = 1.1
 
@@ -58,6 +65,11 @@ class _State:
     loops: list[Loop]
     drafted: Drafted
     rows: tuple[LoopRow, ...]
+    write: Callable[[], _State | None] | None = None  #: set where only its draft is known
+
+    def real(self) -> _State | None:
+        """The state itself; ``None`` where it cannot be written."""
+        return self if self.write is None else self.write()
 
     @property
     def peak(self) -> int:
@@ -155,28 +167,27 @@ class _Search:
             for loops in _by_dim(state.loops, values[0]) if values else []:
                 if loops[0].dim == over.dim:
                     tried = self._tried(state, self._forms(state, loops[0]), loops)
-                    state = _chosen(state, self.start, aim, tried) or state
+                    chosen = _chosen(state, self.start, aim, tried)
+                    state = (chosen and chosen.real()) or state
         return state
 
     def _round(self, state: _State, aim: _Aim) -> tuple[_Over, _State] | None:
-        """The best loop over what is alive at the peak: its dimension first, then its count."""
-        now = _excess(state, state, aim.share)
-        for value in _large_at_peak(state):
-            best: tuple[int, list[Loop]] | None = None
-            for loops in _by_dim(state.loops, value):
-                for new in self._tried(
-                    state, self._forms(state, loops[0]), [loops[len(loops) // 2]]
-                ):
-                    left = _excess(new, state, aim.share)
-                    if left < now and (best is None or left < best[0]):
-                        best = left, loops
-            if best is None:
-                continue
-            _, loops = best
-            tried = self._tried(state, self._forms(state, loops[0]), loops)
-            chosen = _chosen(state, state, aim, tried)
+        """The best loop over what is alive at the peak or, for the floor's sake, wherever helps."""
+        for value in _large_at_peak(state, 1 if aim.share > DEEPEST.share else HIGHEST):
+            by_dim = [
+                (self._forms(state, loops[0]), loops) for loops in _by_dim(state.loops, value)
+            ]
+            tried = [
+                (new, loops[0].dim)
+                for found, loops in by_dim
+                for new in self._tried(state, found, loops)
+            ]
+            chosen = _chosen(state, state, aim, [new for new, _ in tried])
             if chosen is not None:
-                return _Over(value.name, loops[0].dim), chosen
+                dim = next(dim for new, dim in tried if new is chosen)
+                real = chosen.real()
+                if real is not None:
+                    return _Over(value.name, dim), real
         return None
 
     def _forms(self, state: _State, loop: Loop) -> list[Form]:
@@ -192,19 +203,31 @@ class _Search:
         return self.known_forms[key]
 
     def _tried(self, state: _State, found: list[Form], loops: list[Loop]) -> list[_State]:
-        """The state with one more loop, in every form and count that can be written."""
-        made = [
-            self._apply(state, form, number, loop)
-            for number, form in enumerate(found)
-            for loop in loops
-        ]
+        """The state with one more loop, in every form and count that can be written.
+
+        One count is written; what others would leave is read off the cost of their trips.
+        """
+        made: list[_State] = []
+        for number, form in enumerate(found):
+            able = [loop for loop in loops if loop.chunks <= form.region.length]
+            if not able:
+                continue
+            middle = able[len(able) // 2]
+            written = self._apply(state, form, number, middle)
+            if written is None:
+                continue
+            for loop in able:
+                if loop is middle:
+                    made.append(written)
+                    continue
+                write = functools.partial(self._apply, state, form, number, loop)
+                drafted = _recounted(written, state, form, loop.chunks)
+                made.append(dataclasses.replace(written, drafted=drafted, write=write))
         most = _line(state, RISE)
-        return [new for new in made if new is not None and new.peak <= most]
+        return [new for new in made if new.peak <= most]
 
     def _apply(self, state: _State, form: Form, number: int, loop: Loop) -> _State | None:
         """The state with one more loop; ``None`` where it cannot be written."""
-        if form.region.length < loop.chunks:
-            return None
         key = state.shape, loop.value.name, loop.dim, number, loop.chunks
         if key not in self.known:
             self.known[key] = None
@@ -219,7 +242,7 @@ def _chosen(state: _State, start: _State, aim: _Aim, tried: list[_State]) -> _St
     """The quickest of those that leave about as little as any; ``None`` where none helps."""
     now = _excess(state, start, aim.share)
     lefts = [_excess(new, start, aim.share) for new in tried]
-    if not tried or min(lefts) >= ENOUGH * now:
+    if not tried or min(lefts) >= (ENOUGH if aim.share > DEEPEST.share else FLOOR_ENOUGH) * now:
         return None
     about = aim.near * ((max(lefts) if aim.spread else now) - min(lefts))
     close = [n for n, left in zip(tried, lefts, strict=True) if left <= min(lefts) + about]
@@ -251,15 +274,67 @@ def _excess(state: _State, start: _State, share: float) -> int:
     return sum(live - line for live in moments if live > line)
 
 
-def _large_at_peak(state: _State) -> Iterator[fx.Node]:
-    """The largest computed values alive at the peak, largest first."""
-    drafted = state.drafted
-    line = max((drafted.forward, drafted.backward), key=lambda t: t.peak)
-    order = state.planner.draft.step.order
-    alive = {line.ops[j].node: line.ops[j].bytes for j in line.alive(line.at)}
-    nodes = [n for n in alive if n in order and n.op == "call_function" and alive[n]]
-    nodes.sort(key=lambda n: (-alive[n], order[n]))
-    yield from nodes[:WIDEST]
+def _large_at_peak(state: _State, moments: int) -> Iterator[fx.Node]:
+    """The largest computed values alive at the highest moments, the highest moment's first.
+
+    Of one moment the largest come first, and what is kept anyway last.
+    """
+    drafted, given = state.drafted, set()
+    order, info = state.planner.draft.step.order, state.planner.draft.info
+    lines = (drafted.backward, drafted.forward)
+    places = [
+        (line.live[at], -number, -at)
+        for number, line in enumerate(lines)
+        for at in range(len(line.live))
+    ]
+    for _, number, at in sorted(places, reverse=True):
+        line = lines[-number]
+        alive = {line.ops[j].node: line.ops[j].bytes for j in line.alive(-at)}
+        nodes = [n for n in alive if n in order and n.op == "call_function" and alive[n]]
+        kept = drafted.plan.kept
+        nodes.sort(key=lambda n: (-alive[n], n in kept, -info[n].kind, order[n]))
+        new = [n for n in nodes[:WIDEST] if n not in given]
+        if new:
+            yield from new
+            given.update(new)
+            moments -= 1
+        if not moments:
+            return
+
+
+def _recounted(new: _State, old: _State, form: Form, chunks: int) -> Drafted:
+    """The draft of a state as if its newest loop had another count of chunks."""
+    draft, drafted, region = new.planner.draft, new.drafted, form.region
+    known = {id(node.meta["loop"]) for node in old.planner.draft.step.nodes if "loop" in node.meta}
+    costs: dict[fx.Node, LoopCost] = {}
+    done: set[bool] = set()
+    for node in draft.step.nodes:
+        if "loop" not in node.meta or id(node.meta["loop"]) in known:
+            continue
+        late = node in draft.step.sides.late and region.late is not None
+        part = region.late if late else region.early
+        assert part is not None
+        each = [
+            cost(form.step, region, part, run, draft.rates) for run in trips(region.length, chunks)
+        ]
+        costs[node] = LoopCost(max(c.bytes for c in each), sum(c.seconds for c in each))
+        if late in done:  # a shorter last chunk's: counted with the others
+            costs[node] = LoopCost(0, 0.0)
+        done.add(late)
+    lines = []
+    for line in (drafted.forward, drafted.backward):
+        ops = [
+            dataclasses.replace(op, work=costs[op.node].bytes, seconds=costs[op.node].seconds)
+            if op.node in costs
+            else op
+            for op in line.ops
+        ]
+        again = simulate(ops, 0, draft.grouped)
+        base = line.live[0] - again.live[0] if ops else 0
+        lines.append(dataclasses.replace(again, live=[live + base for live in again.live]))
+    rates = draft.rates
+    seconds = sum(line.seconds(rates.memory, rates.launch) for line in lines)
+    return dataclasses.replace(drafted, forward=lines[0], backward=lines[1], seconds=seconds)
 
 
 def _looped(state: _State, form: Form, loop: Loop, anew: Anew) -> _State:

@@ -1,0 +1,458 @@
+"""Regions between two values that are saved anyway, where everything is of one size.
+
+Along a residual stream all values are as large as each other, and no region starts and ends
+where little crosses. But the stream itself is saved, so one layer can run as loops from one
+of its values to the next. What a layer needs whole (one factor of a triangle multiplication,
+AlphaFold 2, algorithm 11) is made outside and read whole; what is a sum over the chunks (that
+factor's gradient) is given, large as it is. What waits for such a sum is left outside, where
+it can be a region of its own. A sum of gradients of which some wait and some do not is
+written with those first that do not, so that they are added inside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Collection
+
+import torch
+from torch import fx
+
+from memcompile.analysis.flow import Rules, rules_for
+from memcompile.analysis.ops import classify, is_random, runs_twice
+from memcompile.analysis.rules import Flow, Place, tensor_args
+from memcompile.analysis.timeline import Kind
+from memcompile.border import widened
+from memcompile.region import LARGEST, Region, assemble
+from memcompile.step import Step, hint, is_loop, is_view, must_save, tensors
+
+#: A value is of the seed's order from this share of its elements on.
+LARGE = 0.5
+
+
+def find(
+    step: Step, seed: fx.Node, dim: int, kept: Collection[fx.Node]
+) -> tuple[Step, Region] | None:
+    """The layer around ``seed``, sliced along ``dim``; ``None`` where there is none.
+
+    Args:
+        step: the step.
+        seed: a value inside the layer; what it is made of decides what is read whole.
+        dim: the dimension to slice it along.
+        kept: roots that are saved for the backward: no region goes past one.
+
+    Returns:
+        The region, and the step it is one of: the given one, or a copy in which the terms
+        of sums stand in another order.
+    """
+    if seed not in step.sides.early or step.roots[seed] in kept or not _is_turn(step, seed):
+        return None
+    grown = _grown(step, seed, dim, kept)
+    if grown is None:
+        return None
+    module = _Regrouped(step, grown.late(), grown.waiting).write()
+    if module is not None:
+        static = [place for place, node in enumerate(step.primals) if node in step.static]
+        step = Step(module, step.num_outputs, static)
+        names = {node.name for node in kept}
+        by_name = {node.name: node for node in step.nodes}
+        seed, kept = by_name[seed.name], [n for n in step.nodes if n.name in names]
+        grown = _grown(step, seed, dim, kept)
+        if grown is None:
+            return None
+    found = grown.region()
+    if found is None or found.late is None:
+        return None
+    return step, widened(step, found, kept) or found
+
+
+def _is_turn(step: Step, node: fx.Node) -> bool:
+    """Whether one of the node's readers or itself needs something large of it whole.
+
+    That is a product of two values of its order, or what a loop reads.
+    """
+    if any(is_loop(user) for value in _views(node) for user in value.users):
+        return True
+    size = LARGE * step.bytes(node)
+    large = {step.roots[a] for a in node.all_input_nodes if step.bytes(step.roots[a]) >= size}
+    inner = [root for root in large if root.op == "call_function"]
+    return classify(node) == Kind.EXTERN and len(inner) > 1
+
+
+def _views(node: fx.Node) -> list[fx.Node]:
+    """A value and its views."""
+    found = [node]
+    for each in found:
+        found += [user for user in each.users if is_view(user)]
+    return found
+
+
+def _grown(step: Step, seed: fx.Node, dim: int, kept: Collection[fx.Node]) -> _Growth | None:
+    (value,) = tensors(seed)
+    length = value.shape[dim]
+    if not isinstance(length, int) or length < 2:
+        return None
+    growth = _Growth(step, seed, rules_for(length), frozenset(kept))
+    return growth if growth.grow(dim) else None
+
+
+class _Growth:
+    """Takes in what can be sliced, and leaves the rest outside.
+
+    Args:
+        step: the step.
+        seed: where it starts.
+        rules: for the length of the sliced dimension.
+        stops: roots that no region goes past.
+    """
+
+    def __init__(self, step: Step, seed: fx.Node, rules: Rules, stops: frozenset[fx.Node]) -> None:
+        self.step, self.seed, self.rules, self.stops = step, seed, rules, stops
+        self.early, self.late_side = step.sides.early, step.sides.late
+        self.least = LARGE * sum(hint(t.numel()) for t in tensors(step.roots[seed]))
+        self.places: dict[fx.Node, Place] = {}
+        self.reads: dict[fx.Node, tuple[Place, ...]] = {}
+        self.whole: set[fx.Node] = set()  #: early ones that what is read whole is made of
+        self.waiting: set[fx.Node] = set()  #: late ones outside that wait for the region
+        self.made: set[fx.Node] = set()  #: taken in for a reader's sake
+        self.again: set[fx.Node] = set()
+
+    def grow(self, dim: int) -> bool:
+        """Whether there is a region with the seed sliced along ``dim``."""
+        self.inner = self._interior()
+        if not self.inner:
+            return False
+        self.hull = self._hull()
+        if not self._make(self.seed, dim):
+            return False
+        done: set[fx.Node] = set()
+        while True:
+            todo = [n for n in self.places if n not in done]
+            if not todo:
+                known = len(self.places)
+                self._close()
+                if len(self.places) == known:
+                    break
+            for node in todo:
+                done.add(node)
+                self._around(node)
+            if len(self.places) > LARGEST:
+                return False
+        return self._leave_out() and self.seed in self.places
+
+    def late(self) -> list[fx.Node]:
+        """The late nodes taken in."""
+        return [n for n in self.step.nodes if n in self.places and n in self.late_side]
+
+    def region(self) -> Region | None:
+        """What was grown, or ``None`` where it cannot run as loops."""
+        step, again = self.step, self.again
+        (dim,) = {self.places[self.seed]}
+        assert isinstance(dim, int)
+        return assemble(step, self.seed, dim, self.places, self.reads, again)
+
+    # -- the layer ------------------------------------------------------------------------
+
+    def _is_large(self, node: fx.Node) -> bool:
+        root = self.step.roots[node]
+        size = sum(hint(t.numel()) for t in tensors(root))
+        return root.op == "call_function" and size >= self.least
+
+    def _stops(self, node: fx.Node) -> bool:
+        return node.op != "call_function" or self.step.roots[node] in self.stops
+
+    def _interior(self) -> set[fx.Node]:
+        """Large early values that hang together with the seed without passing a stop."""
+        found, stack = {self.seed}, [self.seed]
+        while stack:
+            node = stack.pop()
+            near = [a for a in node.all_input_nodes if not self._stops(a)]
+            if not self._stops(node):
+                near += list(node.users)
+            for other in near:
+                if other in self.early and other not in found and self._is_large(other):
+                    found.add(other)
+                    stack.append(other)
+            if len(found) > LARGEST:
+                return set()
+        return found
+
+    def _hull(self) -> set[fx.Node]:
+        """Late nodes between two that read the interior."""
+        ends = {u for n in self.inner if not self._stops(n) for u in n.users if u in self.late_side}
+        after, before = set(ends), set(ends)
+        for node in self.step.nodes:
+            if node in self.late_side and any(a in after for a in node.all_input_nodes):
+                after.add(node)
+        for node in reversed(self.step.nodes):
+            if node in self.late_side and any(u in before for u in node.users):
+                before.add(node)
+        return after & before
+
+    def _is_near(self, node: fx.Node) -> bool:
+        """Whether a node belongs to the layer, if it can be sliced."""
+        if not self._is_large(node):
+            return True
+        return node in self.inner or node in self.hull
+
+    # -- growing --------------------------------------------------------------------------
+
+    def _around(self, node: fx.Node) -> None:
+        for argument, place in zip(tensor_args(node), self.reads[node], strict=True):
+            if argument in self.places or not isinstance(place, int) or self._stops(argument):
+                continue
+            if self._is_large(argument) and self._is_near(argument):
+                self._make(argument, place)
+        if self._is_large(node) and isinstance(self.places[node], int) and not self._stops(node):
+            for user in node.users:
+                if user.op == "call_function" and self._is_near(user):
+                    self._read(user)
+
+    def _make(self, node: fx.Node, place: int) -> bool:
+        """Take in a node by the slice of it that is wanted."""
+        target, output = node, 0
+        if node.target is operator.getitem:
+            if is_view(node):
+                return False
+            target, output = node.args[0], node.args[1]
+        if target in self.places:
+            return False
+        flow = self.rules.giving(target, output, place)
+        if flow is None or not self._agrees(target, flow):
+            return False
+        self._take(target, flow.inputs, flow.outputs)
+        self.made.add(target)
+        return self.places.get(node) == place
+
+    def _read(self, node: fx.Node) -> None:
+        """Take in a node by how its operands are sliced."""
+        if node in self.places or node in self.whole or node.target is operator.getitem:
+            return
+        if is_random(node) or node.is_impure():
+            return
+        places = [self._seen(node, a) for a in tensor_args(node)]
+        if any(isinstance(p, str) for p in places):
+            return
+        flow = self.rules.given(node, places)
+        sliced = flow is not None and any(p is not None for p in flow.outputs)
+        if sliced and self._agrees(node, flow):
+            self._take(node, flow.inputs, flow.outputs)
+
+    def _seen(self, reader: fx.Node, node: fx.Node) -> Place:
+        """Where a value is for its reader: a sum of the forward's loop is whole to the backward."""
+        place = self.places.get(node)
+        return (
+            None
+            if isinstance(place, str) and node in self.early and reader in self.late_side
+            else place
+        )
+
+    def _agrees(self, node: fx.Node, flow: Flow) -> bool:
+        """Whether what is taken in is read as it is there, by the node and of it."""
+        pairs = zip(tensor_args(node), flow.inputs, strict=True)
+        if any(a in self.places and self._seen(node, a) != place for a, place in pairs):
+            return False
+        if isinstance(node.meta["val"], (list, tuple)):
+            given = [(user, flow.outputs[user.args[1]]) for user in node.users]
+        else:
+            given = [(node, flow.outputs[0])]
+        for value, place in given:
+            for user in value.users:
+                read = zip(tensor_args(user), self.reads.get(user, ()), strict=False)
+                if any(a is value and p != place for a, p in read):
+                    return False
+        return True
+
+    def _take(self, node: fx.Node, inputs: tuple[Place, ...], outputs: tuple[Place, ...]) -> None:
+        self.reads[node] = inputs
+        self.places[node] = outputs[0]
+        if isinstance(node.meta["val"], (list, tuple)):
+            for user in node.users:
+                number = user.args[1]
+                assert isinstance(number, int)
+                self.places[user] = outputs[number]
+                self.reads[user] = tuple(self.places[node] for _ in tensor_args(user))
+        for argument, place in zip(tensor_args(node), inputs, strict=True):
+            if place is None and argument in self.early and self._is_large(argument):
+                self._need_whole(argument)
+
+    def _need_whole(self, node: fx.Node) -> None:
+        stack = [node]
+        while stack:
+            node = stack.pop()
+            if node not in self.whole and not self._stops(node):
+                self.whole.add(node)
+                stack.extend(node.all_input_nodes)
+
+    def _close(self) -> None:
+        """Take in what lies between two nodes of the region, where it can be."""
+        for side in (self.early, self.late_side):
+            inside = {n for n in self.places if n in side}
+            after: set[fx.Node] = set()
+            for node in self.step.nodes:
+                if node in side and any(a in inside or a in after for a in node.all_input_nodes):
+                    after.add(node)
+            before: set[fx.Node] = set()
+            for node in reversed(self.step.nodes):
+                if node in side and any(u in inside or u in before for u in node.users):
+                    before.add(node)
+            for node in self.step.nodes:
+                if node in after and node in before and self._is_near(node):
+                    self._read(node)
+
+    # -- what cannot be inside --------------------------------------------------------------
+
+    def _leave_out(self) -> bool:
+        """Leave out what waits for the region's sums; make again what its inputs are made of."""
+        for node in self.step.nodes:
+            if node not in self.late_side:
+                continue
+            late = [a for a in node.all_input_nodes if a in self.late_side]
+            if node in self.places and not self._waits(node, late):
+                continue
+            self._drop(node)
+            if any(a in self.waiting or a in self.places for a in late):
+                self.waiting.add(node)
+        for node in reversed(self.step.nodes):
+            unread = not any(u in self.places for u in node.users)
+            if unread and node in self.made and node is not self.seed:
+                self._drop(node)
+        above = [
+            a
+            for n in self.places
+            if n in self.early
+            for a in n.all_input_nodes
+            if a not in self.places
+        ]
+        seen: set[fx.Node] = set()
+        while above:
+            node = above.pop()
+            if node not in seen:
+                seen.add(node)
+                above.extend(node.all_input_nodes)
+        self.again = {n for n in seen if n in self.places}
+        self._repeat_cheap()
+        return all(self._may_run_again(n) for n in self.again)
+
+    def _drop(self, node: fx.Node) -> None:
+        self.places.pop(node, None)
+        self.reads.pop(node, None)
+
+    def _repeat_cheap(self) -> None:
+        """What others read and no product is needed for is made for them outside."""
+        able: set[fx.Node] = set(self.again)
+        early = [n for n in self.step.nodes if n in self.places and n in self.early]
+        for node in early:
+            cheap = classify(node) < Kind.EXTERN and self._may_run_again(node)
+            if cheap and all(a in able for a in node.all_input_nodes if a in self.places):
+                able.add(node)
+        for node in reversed(early):
+            if node not in able or self._stops(node) or not self._is_large(node):
+                continue
+            if any(u not in self.places or u in self.again for u in node.users):
+                self._again_with_inputs(node, able)
+
+    def _again_with_inputs(self, node: fx.Node, able: set[fx.Node]) -> None:
+        stack = [node]
+        while stack:
+            node = stack.pop()
+            self.again.add(node)
+            stack += [a for a in node.all_input_nodes if a in able and a not in self.again]
+
+    def _waits(self, node: fx.Node, late: list[fx.Node]) -> bool:
+        """Whether a late node reads what is there only when the loop is over."""
+        if node.target is operator.getitem and node.args[0] not in self.places:
+            return True
+        return any(a in self.waiting or isinstance(self.places.get(a), str) for a in late)
+
+    def _may_run_again(self, node: fx.Node) -> bool:
+        source = node.args[0] if node.target is operator.getitem else node
+        assert isinstance(source, fx.Node)
+        if must_save(node) or is_random(source) or self.step.reads_overwritten(source):
+            return False
+        return runs_twice(source)
+
+
+# -- sums whose terms are partly inside ---------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sum:
+    """A chain of additions, and what is added, in order."""
+
+    adds: list[fx.Node]
+    terms: list[fx.Node]
+
+
+class _Regrouped:
+    """Writes the joint graph with the terms of late sums in another order.
+
+    Args:
+        step: the step.
+        inside: late nodes of a region.
+        waiting: late nodes that wait for the region.
+    """
+
+    def __init__(
+        self, step: Step, inside: Collection[fx.Node], waiting: Collection[fx.Node]
+    ) -> None:
+        self.step, self.inside, self.waiting = step, frozenset(inside), frozenset(waiting)
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, fx.Node] = {}
+        self.args: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+
+    def write(self) -> fx.GraphModule | None:
+        """The new joint graph, every node by its old name; ``None`` where no sum changes."""
+        for chain in self._sums():
+            first = [t for t in chain.terms if t not in self.waiting]
+            terms = first + [t for t in chain.terms if t in self.waiting]
+            if len(first) < 2 or terms == chain.terms:
+                continue
+            total = terms[0]
+            for add, term in zip(chain.adds, terms[1:], strict=True):
+                self.args[add] = total, term
+                total = add
+        if not self.args:
+            return None
+        for node in self.step.nodes:
+            self._emit(node)
+        module = fx.GraphModule(self.step.module, self.graph)
+        module.meta.update(self.step.module.meta)
+        return module
+
+    def _sums(self) -> list[_Sum]:
+        """The longest chains of additions of which a term is inside and one waits."""
+        found: list[_Sum] = []
+        taken: set[fx.Node] = set()
+        for node in reversed(self.step.nodes):
+            if node in taken or not self._is_add(node):
+                continue
+            adds, terms = [node], list(node.args[:2])
+            while self._is_add(terms[0]) and len(terms[0].users) == 1:
+                adds.insert(0, terms[0])
+                terms[:1] = terms[0].args[:2]
+            taken.update(adds)
+            if any(t in self.inside for t in terms) and len(set(terms)) == len(terms):
+                found.append(_Sum(adds, terms))
+        return found
+
+    def _is_add(self, node: fx.Node) -> bool:
+        """A late addition of two tensors that lie in memory as their sum does."""
+        if node.target is not torch.ops.aten.add.Tensor or node not in self.step.sides.late:
+            return False
+        if node.kwargs or not all(isinstance(a, fx.Node) for a in node.args):
+            return False
+        value = node.meta["val"]
+        like = (value.shape, value.stride(), value.dtype)
+        terms = [a.meta["val"] for a in node.all_input_nodes]
+        return all((t.shape, t.stride(), t.dtype) == like for t in terms)
+
+    def _emit(self, node: fx.Node) -> fx.Node:
+        if node not in self.env:
+            args = self.args.get(node)
+            for argument in args or node.all_input_nodes:
+                self._emit(argument)
+            new = self.env[node] = self.graph.node_copy(node, self.env.__getitem__)
+            if args is not None:
+                new.args = tuple(self.env[a] for a in args)
+        return self.env[node]
