@@ -45,8 +45,10 @@ def find(
         The region, and the step it is one of: the given one, or a copy in which the terms
         of sums stand in another order.
     """
-    if seed not in step.sides.early or step.roots[seed] in kept or not _is_turn(step, seed):
+    start = _start(step, seed, dim, kept)
+    if start is None:
         return None
+    seed, dim = start
     grown = _grown(step, seed, dim, kept)
     if grown is None:
         return None
@@ -64,6 +66,23 @@ def find(
     if found is None or found.late is None:
         return None
     return step, widened(step, found, kept) or found
+
+
+def _start(
+    step: Step, seed: fx.Node, dim: int, kept: Collection[fx.Node]
+) -> tuple[fx.Node, int] | None:
+    """An early value to grow from: the seed, or what a late seed reads a slice of."""
+    if not _is_turn(step, seed):
+        return None
+    if seed in step.sides.early:
+        return None if step.roots[seed] in kept else (seed, dim)
+    length = tensors(seed)[0].shape[dim]
+    flow = rules_for(length).giving(seed, 0, dim) if isinstance(length, int) else None
+    for argument, place in zip(tensor_args(seed), flow.inputs if flow else (), strict=False):
+        inner = step.roots[argument].op == "call_function" and step.roots[argument] not in kept
+        if isinstance(place, int) and inner and argument in step.sides.early:
+            return argument, place
+    return None
 
 
 def _is_turn(step: Step, node: fx.Node) -> bool:
@@ -234,8 +253,9 @@ class _Growth:
         if any(isinstance(p, str) for p in places):
             return
         flow = self.rules.given(node, places)
-        sliced = flow is not None and any(p is not None for p in flow.outputs)
-        if sliced and self._agrees(node, flow):
+        if flow is None or all(p is None for p in flow.outputs):
+            return
+        if self._agrees(node, flow):
             self._take(node, flow.inputs, flow.outputs)
 
     def _seen(self, reader: fx.Node, node: fx.Node) -> Place:

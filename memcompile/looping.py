@@ -147,6 +147,7 @@ class _Search:
         self.start, self.anew, self.failed = start, anew, failed
         self.known_forms: dict[Any, list[Form]] = {}
         self.known: dict[Any, _State | None] = {}
+        self.in_vain: set[tuple[str, float]] = set()  #: values over which no loop has helped
 
     def rounds(self, aim: _Aim) -> tuple[_State, list[_Over]]:
         """Loop after loop, until none helps."""
@@ -174,6 +175,8 @@ class _Search:
     def _round(self, state: _State, aim: _Aim) -> tuple[_Over, _State] | None:
         """The best loop over what is alive at the peak or, for the floor's sake, wherever helps."""
         for value in _large_at_peak(state, 1 if aim.share > DEEPEST.share else HIGHEST):
+            if (value.name, aim.share) in self.in_vain:
+                continue
             by_dim = [
                 (self._forms(state, loops[0]), loops) for loops in _by_dim(state.loops, value)
             ]
@@ -188,6 +191,7 @@ class _Search:
                 real = chosen.real()
                 if real is not None:
                     return _Over(value.name, dim), real
+            self.in_vain.add((value.name, aim.share))
         return None
 
     def _forms(self, state: _State, loop: Loop) -> list[Form]:
