@@ -63,9 +63,31 @@ def find(
         if grown is None:
             return None
     found = grown.region()
-    if found is None or found.late is None:
+    if found is None or found.late is None or seed in found.again:
         return None
-    return step, widened(step, found, kept) or found
+    if _reads_itself(step, found):
+        return None
+    wide = widened(step, found, kept)
+    return step, found if wide is None or _reads_itself(step, wide) else wide
+
+
+def _reads_itself(step: Step, found: Region) -> bool:
+    """Whether an input of a part is made of what that part gives."""
+    for part in (found.early, found.late):
+        if part is None:
+            continue
+        moved = {n for n in part.nodes if n not in found.again}
+        if part is found.late:
+            moved &= step.sides.late
+        stack, seen = list(part.inputs), set(part.inputs)
+        while stack:
+            node = stack.pop()
+            if node in moved:
+                return True
+            new = [a for a in node.all_input_nodes if a not in seen]
+            seen.update(new)
+            stack.extend(new)
+    return False
 
 
 def _start(
@@ -135,6 +157,8 @@ class _Growth:
         self.waiting: set[fx.Node] = set()  #: late ones outside that wait for the region
         self.made: set[fx.Node] = set()  #: taken in for a reader's sake
         self.again: set[fx.Node] = set()
+        self.given: set[fx.Node] = set()  #: roots of what is read
+        self.made_of_stops: dict[tuple[fx.Node, int], bool] = {}
 
     def grow(self, dim: int) -> bool:
         """Whether there is a region with the seed sliced along ``dim``."""
@@ -142,6 +166,7 @@ class _Growth:
         if not self.inner:
             return False
         self.hull = self._hull()
+        self.made_of_stops[self.seed, dim] = True
         if not self._make(self.seed, dim):
             return False
         done: set[fx.Node] = set()
@@ -234,7 +259,7 @@ class _Growth:
             if is_view(node):
                 return False
             target, output = node.args[0], node.args[1]
-        if target in self.places:
+        if target in self.places or not self._is_made_of_stops(node, place):
             return False
         flow = self.rules.giving(target, output, place)
         if flow is None or not self._agrees(target, flow):
@@ -242,6 +267,33 @@ class _Growth:
         self._take(target, flow.inputs, flow.outputs)
         self.made.add(target)
         return self.places.get(node) == place
+
+    def _is_made_of_stops(self, node: fx.Node, place: int) -> bool:
+        """Whether an early value's slice can be made of slices of what is saved or small.
+
+        Else more would be read for its sake than it is itself.
+        """
+        if node not in self.early or self._stops(node) or not self._is_large(node):
+            return True
+        if node in self.places:
+            return self.places[node] == place
+        key = node, place
+        if key not in self.made_of_stops:
+            self.made_of_stops[key] = False
+            target, output = node, 0
+            if node.target is operator.getitem:
+                target, output = node.args[0], node.args[1]
+            flow = (
+                None
+                if is_view(node) and target is not node
+                else self.rules.giving(target, output, place)
+            )
+            if flow is not None:
+                self.made_of_stops[key] = all(
+                    self._is_made_of_stops(a, p) if isinstance(p, int) else not self._is_large(a)
+                    for a, p in zip(tensor_args(target), flow.inputs, strict=True)
+                )
+        return self.made_of_stops[key]
 
     def _read(self, node: fx.Node) -> None:
         """Take in a node by how its operands are sliced."""
@@ -255,6 +307,11 @@ class _Growth:
         flow = self.rules.given(node, places)
         if flow is None or all(p is None for p in flow.outputs):
             return
+        pairs = zip(tensor_args(node), flow.inputs, strict=True)
+        for argument, place in pairs:
+            new = argument not in self.places and self.step.roots[argument] not in self.given
+            if new and isinstance(place, int) and not self._is_made_of_stops(argument, place):
+                return
         if self._agrees(node, flow):
             self._take(node, flow.inputs, flow.outputs)
 
@@ -293,6 +350,7 @@ class _Growth:
                 self.places[user] = outputs[number]
                 self.reads[user] = tuple(self.places[node] for _ in tensor_args(user))
         for argument, place in zip(tensor_args(node), inputs, strict=True):
+            self.given.add(self.step.roots[argument])
             if place is None and argument in self.early and self._is_large(argument):
                 self._need_whole(argument)
 

@@ -122,10 +122,11 @@ class Border:
                 (place, *more) = places
                 if not more and isinstance(place, int) and self._may_run_again(node):
                     yield from self._before(part, node, place)
-            after = self._after(part)
+            after, above = self._after(part), self._above(part)
             for value in part.outputs:
                 for reader in value.users if self.step.roots[value] not in self.kept else ():
-                    yield from self._behind(part, reader, after)
+                    if reader not in above:
+                        yield from self._behind(part, reader, after)
 
     def _may_run_again(self, node: fx.Node) -> bool:
         step = self.step
@@ -202,6 +203,17 @@ class Border:
                 after.add(node)
                 stack.extend(node.users)
         return after
+
+    def _above(self, part: Part) -> set[fx.Node]:
+        """What the part's inputs are made of, where some of it is inside as well."""
+        above: set[fx.Node] = set()
+        stack = list(part.inputs) if self.made else []
+        while stack:
+            node = stack.pop()
+            if node not in above:
+                above.add(node)
+                stack.extend(node.all_input_nodes)
+        return above
 
     # -- taking it in ---------------------------------------------------------------------
 

@@ -39,6 +39,10 @@ class Form:
     step: Step
     region: Region
 
+    def settled(self) -> Form:
+        """The same, every value given once."""
+        return Form(self.step, region.given_once(self.step, self.region))
+
 
 def forms(step: Step, seed: fx.Node, dim: int, kept: Collection[fx.Node] = ()) -> Iterator[Form]:
     """The region around ``seed``: as a loop a side, and as one with its gradients early.
@@ -53,21 +57,21 @@ def forms(step: Step, seed: fx.Node, dim: int, kept: Collection[fx.Node] = ()) -
     layer = between.find(step, seed, dim, kept) if kept else None
     if found is None:
         if layer is not None:
-            yield Form(*layer)
+            yield Form(*layer).settled()
         return
-    yield Form(step, found)
+    yield Form(step, found).settled()
     wide = widened(step, found)
     if wide is not None or layer is not None:
         others = [Form(step, wide)] if wide else []
         others += [Form(*layer)] if layer else []
-        yield min(others, key=lambda form: _crossing(form, kept))
+        yield min(others, key=lambda form: _crossing(form, kept)).settled()
     for module in early_gradients(step, found):
         static = [place for place, node in enumerate(step.primals) if node in step.static]
         other = Step(module, step.num_outputs, static)
         (same,) = (n for n in other.nodes if n.name == seed.name)
         whole = region.find(other, same, dim)
         if whole is not None and whole.late is None:
-            yield Form(other, whole)
+            yield Form(other, whole).settled()
             return
 
 
