@@ -15,11 +15,12 @@ from typing import Any
 
 from torch import fx
 
-from memcompile.analysis.ops import is_random, op_name
+from memcompile.analysis.ops import classify, is_random, op_name
 from memcompile.analysis.timeline import simulate
 from memcompile.body import trips
 from memcompile.contract import Loop
 from memcompile.head import Form, forms
+from memcompile.info import Info
 from memcompile.loop import LoopCost, Looped, cost
 from memcompile.plan import Drafted, Plan
 from memcompile.planner import Planner
@@ -281,7 +282,8 @@ def _excess(state: _State, start: _State, share: float) -> int:
 def _large_at_peak(state: _State, moments: int) -> Iterator[fx.Node]:
     """The largest computed values alive at the highest moments, the highest moment's first.
 
-    Of one moment the largest come first, and what is kept anyway last.
+    Of one moment the largest come first, of those products of several values; what is kept
+    anyway comes last.
     """
     drafted, given = state.drafted, set()
     order, info = state.planner.draft.step.order, state.planner.draft.info
@@ -296,7 +298,7 @@ def _large_at_peak(state: _State, moments: int) -> Iterator[fx.Node]:
         alive = {line.ops[j].node: line.ops[j].bytes for j in line.alive(-at)}
         nodes = [n for n in alive if n in order and n.op == "call_function" and alive[n]]
         kept = drafted.plan.kept
-        nodes.sort(key=lambda n: (-alive[n], n in kept, -info[n].kind, order[n]))
+        nodes.sort(key=lambda n: (-alive[n], n in kept, -classify(n), -_made_of(info[n]), order[n]))
         new = [n for n in nodes[:WIDEST] if n not in given]
         if new:
             yield from new
@@ -304,6 +306,11 @@ def _large_at_peak(state: _State, moments: int) -> Iterator[fx.Node]:
             moments -= 1
         if not moments:
             return
+
+
+def _made_of(info: Info) -> int:
+    """How many computed values a value is made of: a product of two says most of its layer."""
+    return sum(node.op == "call_function" for node in info.inputs)
 
 
 def _recounted(new: _State, old: _State, form: Form, chunks: int) -> Drafted:

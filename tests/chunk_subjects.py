@@ -58,13 +58,15 @@ class TriangleProduct(nn.Module):
         self.sum = "ikc,jkc->ijc" if outgoing else "kic,kjc->ijc"
         self.norm, self.after = nn.LayerNorm(width), nn.LayerNorm(width)
         self.left, self.right = nn.Linear(width, width), nn.Linear(width, width)
-        self.gates, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.left_gate, self.right_gate = nn.Linear(width, width), nn.Linear(width, width)
+        self.gate, self.out = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         x = self.norm(z)
-        left, right, gate = self.gates(x).sigmoid().chunk(3, -1)
-        product = torch.einsum(self.sum, self.left(x) * left, self.right(x) * right)
-        return z + self.out(self.after(product)) * gate
+        left = self.left_gate(x).sigmoid() * self.left(x)
+        right = self.right_gate(x).sigmoid() * self.right(x)
+        product = torch.einsum(self.sum, left, right)
+        return z + self.out(self.after(product)) * self.gate(x).sigmoid()
 
 
 class Trunk(nn.Module):

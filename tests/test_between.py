@@ -88,7 +88,7 @@ def test_one_factor_is_read_whole_and_its_gradient_added_up() -> None:
 
 
 def test_no_layer_is_grown_past_what_is_saved() -> None:
-    _, step, region = found("outgoing", 12)
+    _, _, region = found("outgoing", 12)
     names = {n.name for n in region.places}
     assert "tanh" not in names and "sin" not in names
 
