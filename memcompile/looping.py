@@ -31,10 +31,11 @@ from memcompile.step import source_line
 ROUNDS, WIDEST = 24, 4
 #: What a round must lower the excess to, as a share of itself.
 ENOUGH = 0.95
-#: The same where the step as a whole is to be lowered, of which one layer is a small part.
-FLOOR_ENOUGH = 0.998
+#: What a loop must take off where the floor is looked for, as a share of the first excess: one
+#: layer is a small part of a step.
+WORTH = 0.004
 #: How many high moments of the step are looked at for the floor's sake.
-HIGHEST = 12
+HIGHEST = 4
 #: How high one moment may stand on the way, as a share of the peak, for others to come down.
 RISE = 1.1
 
@@ -181,12 +182,13 @@ class _Search:
             by_dim = [
                 (self._forms(state, loops[0]), loops) for loops in _by_dim(state.loops, value)
             ]
+            last = aim.share <= DEEPEST.share  # the first form holds more than the others do
             tried = [
                 (new, loops[0].dim)
                 for found, loops in by_dim
-                for new in self._tried(state, found, loops)
+                for new in self._tried(state, found, loops, first=int(last and len(found) > 1))
             ]
-            chosen = _chosen(state, state, aim, [new for new, _ in tried])
+            chosen = _chosen(state, state, aim, [new for new, _ in tried], self.start)
             if chosen is not None:
                 dim = next(dim for new, dim in tried if new is chosen)
                 real = chosen.real()
@@ -207,13 +209,15 @@ class _Search:
                 self.failed(loop, error)
         return self.known_forms[key]
 
-    def _tried(self, state: _State, found: list[Form], loops: list[Loop]) -> list[_State]:
+    def _tried(
+        self, state: _State, found: list[Form], loops: list[Loop], first: int = 0
+    ) -> list[_State]:
         """The state with one more loop, in every form and count that can be written.
 
         One count is written; what others would leave is read off the cost of their trips.
         """
         made: list[_State] = []
-        for number, form in enumerate(found):
+        for number, form in list(enumerate(found))[first:]:
             able = [loop for loop in loops if loop.chunks <= form.region.length]
             if not able:
                 continue
@@ -243,11 +247,16 @@ class _Search:
         return self.known[key]
 
 
-def _chosen(state: _State, start: _State, aim: _Aim, tried: list[_State]) -> _State | None:
+def _chosen(
+    state: _State, start: _State, aim: _Aim, tried: list[_State], first: _State | None = None
+) -> _State | None:
     """The quickest of those that leave about as little as any; ``None`` where none helps."""
     now = _excess(state, start, aim.share)
     lefts = [_excess(new, start, aim.share) for new in tried]
-    if not tried or min(lefts) >= (ENOUGH if aim.share > DEEPEST.share else FLOOR_ENOUGH) * now:
+    least = (1 - ENOUGH) * now
+    if first is not None and aim.share <= DEEPEST.share:
+        least = WORTH * _excess(first, first, aim.share)
+    if not tried or now - min(lefts) <= least:
         return None
     about = aim.near * ((max(lefts) if aim.spread else now) - min(lefts))
     close = [n for n, left in zip(tried, lefts, strict=True) if left <= min(lefts) + about]
