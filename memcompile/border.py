@@ -4,13 +4,17 @@ A region grows from what is large, so that, of attention, it reads three project
 gives one product. The projections can be made of a slice of what they are projected from,
 and the products of gradients with weights added up: then one value crosses, not three.
 What is taken in and has other readers is run again inside; only what follows is moved.
+
+What is saved for the backward anyway crosses for nothing, and of two borders that about
+as much crosses the one with more readers inside is taken: what a loop has written is never written
+over, so a residual that is added outside costs its size once more.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import fx
@@ -23,16 +27,19 @@ from memcompile.step import Step, must_save
 
 #: Nodes that may be taken in.
 MOST = 150
+#: Borders that differ by less are as good as each other.
+ABOUT = 1.01
 
 
-def widened(step: Step, found: Region) -> Region | None:
+def widened(step: Step, found: Region, kept: Collection[fx.Node] = ()) -> Region | None:
     """The region with the border at which least bytes cross; ``None`` where it is there already.
 
     Args:
         step: the step.
         found: a region of it.
+        kept: roots that are saved for the backward, whoever reads them.
     """
-    return Border(step, found).best()
+    return Border(step, found, kept).best()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,20 +58,21 @@ class Border:
     Args:
         step: the step.
         found: the region to start from.
+        kept: roots that are saved for the backward, whoever reads them.
     """
 
-    def __init__(self, step: Step, found: Region) -> None:
-        self.step, self.now = step, found
+    def __init__(self, step: Step, found: Region, kept: Collection[fx.Node] = ()) -> None:
+        self.step, self.now, self.kept = step, found, frozenset(kept)
         self.rules: Rules = rules_for(step.numbered(found.seed).meta["val"].shape[found.dim])
         self.places, self.reads = dict(found.places), dict(found.reads)
-        self.made: set[fx.Node] = set()  #: taken in for the region's sake
+        self.made: set[fx.Node] = set(found.again)  #: taken in for the region's sake
         self.refused: set[fx.Node] = set()
 
     def best(self) -> Region | None:
         """Take in what brings most, one by one, and stop where least bytes crossed."""
-        first = least = self.crossing(self.now)
+        least = self.crossing(self.now)
         best: Region | None = None
-        slack = max((self.step.bytes(r) for p in self._parts() for r in self._roots(p)), default=0)
+        slack = max((self._bytes(r) for p in self._parts() for r in self._roots(p)), default=0)
         most = len(self.places) + MOST
         while len(self.places) < most:
             take = min(self._takes(), key=lambda t: (t.bytes, self._place(t.node)), default=None)
@@ -76,11 +84,11 @@ class Border:
                 continue
             self.now = new
             crossing = self.crossing(new)
-            if crossing < least:
-                least, best = crossing, new
-            elif crossing > least + slack:
+            if crossing < least or (crossing <= ABOUT * least and not take.runs_again):
+                least, best = min(least, crossing), new
+            elif crossing > least + 2 * slack:  # a norm has two readers of what it reads
                 break
-        return best if least < first else None
+        return best
 
     def crossing(self, found: Region) -> int:
         """Bytes that cross the border, in either direction, on both sides."""
@@ -88,8 +96,12 @@ class Border:
         total = 0
         for part in parts:
             crossed = {*self._roots(part), *part.outputs}
-            total += sum(self.step.bytes(node) for node in crossed)
+            total += sum(self._bytes(node) for node in crossed)
         return total
+
+    def _bytes(self, node: fx.Node) -> int:
+        """What a value adds where it crosses."""
+        return 0 if self.step.roots[node] in self.kept else self.step.bytes(node)
 
     # -- what can be taken in -------------------------------------------------------------
 
@@ -110,14 +122,17 @@ class Border:
                 (place, *more) = places
                 if not more and isinstance(place, int) and self._may_run_again(node):
                     yield from self._before(part, node, place)
-            after = self._after(part)
+            after, above = self._after(part), self._above(part)
             for value in part.outputs:
-                for reader in value.users:
-                    yield from self._behind(part, reader, after)
+                for reader in value.users if self.step.roots[value] not in self.kept else ():
+                    if reader not in above:
+                        yield from self._behind(part, reader, after)
 
     def _may_run_again(self, node: fx.Node) -> bool:
         step = self.step
         if node.op != "call_function" or node in self.places or node in self.refused:
+            return False
+        if step.roots[node] in self.kept:
             return False
         source = node.args[0] if node.target is operator.getitem else node
         assert isinstance(source, fx.Node)
@@ -136,7 +151,7 @@ class Border:
         brings = self._new_roots(target, roots)
         root = self.step.roots[node]
         others = [n for n in part.inputs if n is not node and self.step.roots[n] is root]
-        freed = 0 if others or root.op != "call_function" else self.step.bytes(root)
+        freed = 0 if others or root.op != "call_function" else self._bytes(root)
         yield _Take(target, flow, True, brings - freed)
 
     def _behind(self, part: Part, node: fx.Node, after: set[fx.Node]) -> Iterator[_Take]:
@@ -160,8 +175,8 @@ class Border:
         freed = 0
         for value in {a for a in arguments if a in part.outputs}:
             if all(u is node or u in self.places for u in value.users):
-                freed += self.step.bytes(value)
-        brings = self._new_roots(node, self._roots(part)) + self.step.bytes(self.step.roots[node])
+                freed += self._bytes(value)
+        brings = self._new_roots(node, self._roots(part)) + self._bytes(self.step.roots[node])
         yield _Take(node, flow, False, brings - freed)
 
     def _agrees(self, node: fx.Node, flow: Flow) -> bool:
@@ -176,7 +191,7 @@ class Border:
     def _new_roots(self, node: fx.Node, known: set[fx.Node]) -> int:
         roots = {self.step.roots[a] for a in tensor_args(node) if a not in self.places}
         new = {root for root in roots - known if root.op == "call_function"}
-        return sum(self.step.bytes(root) for root in new)
+        return sum(self._bytes(root) for root in new)
 
     def _after(self, part: Part) -> set[fx.Node]:
         """Nodes outside that wait for the part."""
@@ -188,6 +203,17 @@ class Border:
                 after.add(node)
                 stack.extend(node.users)
         return after
+
+    def _above(self, part: Part) -> set[fx.Node]:
+        """What the part's inputs are made of, where some of it is inside as well."""
+        above: set[fx.Node] = set()
+        stack = list(part.inputs) if self.made else []
+        while stack:
+            node = stack.pop()
+            if node not in above:
+                above.add(node)
+                stack.extend(node.all_input_nodes)
+        return above
 
     # -- taking it in ---------------------------------------------------------------------
 

@@ -11,16 +11,16 @@ Linearity is read off the graph, op by op; an op that is not known to be linear 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
-from memcompile import _torch, region
+from memcompile import _torch, between, region
 from memcompile.analysis.ops import op_name
 from memcompile.analysis.rules import tensor_args
-from memcompile.border import widened
+from memcompile.border import Border, widened
 from memcompile.region import Region
 from memcompile.step import Step, tensors
 
@@ -39,30 +39,47 @@ class Form:
     step: Step
     region: Region
 
+    def settled(self) -> Form:
+        """The same, every value given once."""
+        return Form(self.step, region.given_once(self.step, self.region))
 
-def forms(step: Step, seed: fx.Node, dim: int) -> Iterator[Form]:
+
+def forms(step: Step, seed: fx.Node, dim: int, kept: Collection[fx.Node] = ()) -> Iterator[Form]:
     """The region around ``seed``: as a loop a side, and as one with its gradients early.
 
     Args:
         step: the step.
         seed: a large value.
         dim: the dimension to slice it along.
+        kept: roots that are saved for the backward, whoever reads them.
     """
     found = region.find(step, seed, dim)
+    layer = between.find(step, seed, dim, kept) if kept else None
     if found is None:
+        if layer is not None:
+            yield Form(*layer).settled()
         return
-    yield Form(step, found)
+    yield Form(step, found).settled()
     wide = widened(step, found)
-    if wide is not None:
-        yield Form(step, wide)
+    if wide is not None or layer is not None:
+        others = [Form(step, wide)] if wide else []
+        others += [Form(*layer)] if layer else []
+        yield min(others, key=lambda form: _crossing(form, kept)).settled()
     for module in early_gradients(step, found):
         static = [place for place, node in enumerate(step.primals) if node in step.static]
         other = Step(module, step.num_outputs, static)
         (same,) = (n for n in other.nodes if n.name == seed.name)
         whole = region.find(other, same, dim)
         if whole is not None and whole.late is None:
-            yield Form(other, whole)
+            yield Form(other, whole).settled()
             return
+
+
+def _crossing(form: Form, kept: Collection[fx.Node]) -> int:
+    """Bytes that cross the region's border and are not kept anyway."""
+    names = {node.name for node in kept}
+    border = Border(form.step, form.region, [n for n in form.step.nodes if n.name in names])
+    return border.crossing(form.region)
 
 
 def early_gradients(step: Step, found: Region) -> Iterator[fx.GraphModule]:

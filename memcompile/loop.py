@@ -13,7 +13,6 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -21,23 +20,19 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from memcompile import _torch
 from memcompile._torch.loops import lower_added_products
 from memcompile._torch.symbols import size_node, size_of, uncached, unguarded
-from memcompile.access import access
-from memcompile.analysis import ops as op_kinds
-from memcompile.analysis.cost import Rates, node_seconds
-from memcompile.analysis.timeline import Kind, Op, simulate
+from memcompile.analysis.cost import Rates
 from memcompile.body import (
     ADDED_IN_PLACE,
     START,
     Body,
     Trips,
     accumulator,
-    adds_in_place,
     given,
     trips,
 )
 from memcompile.region import Part, Region
 from memcompile.step import Step, hint, must_save, size_expr
-from memcompile.symbolic import bound
+from memcompile.trip import cost
 
 aten = torch.ops.aten
 
@@ -138,6 +133,8 @@ class Looped:
             for buffer in buffers:
                 buffer.meta["buffer"] = True
             buffers = self._while(part, run, inputs, read, buffers)
+        for node, buffer in zip(part.outputs, buffers, strict=True):
+            buffer._rename(node.name)  # what was kept is known by its name
         for node, buffer in zip(part.outputs, buffers, strict=True):
             new = self.env[node] = self._finished(node, buffer)
             if must_save(node):
@@ -246,7 +243,7 @@ class Looped:
             torch.ops.higher_order.while_loop, (*functions, carried, tuple(read))
         )
         loop.meta["val"] = tuple(n.meta["val"] for n in carried)
-        loop.meta["loop"] = self._cost(part, run)
+        loop.meta["loop"] = cost(self.step, self.region, part, run, self.rates)
         self.loops.append(loop)
         self._describe(loop, like)
         outs = []
@@ -271,65 +268,6 @@ class Looped:
         for node in module.graph.nodes:
             node.meta.pop("from_node", None)
         return module
-
-    def _cost(self, part: Part, run: Trips) -> LoopCost:
-        """Bytes one trip needs beside the buffers, and the seconds of all of them."""
-        share = hint(run.size) / self.region.length
-        chunk = run.most / size_expr(self.region.size)
-        sizes: dict[fx.Node, sympy.Expr] = {}
-        place: dict[fx.Node, int] = {}
-        ops: list[Op] = []
-        written = set(part.outputs)
-        for node in (*given(part), *part.nodes):
-            root = self.step.roots[node]
-            if root is not node and root in place:
-                place[node] = place[root]
-                continue
-            inside = node in self.region.reads and node not in part.inputs
-            sliced = isinstance(self.region.places.get(node), int) or (
-                not inside and None not in part.inputs.get(node, {None})
-            )
-            size = int(self.step.bytes(node) * (share if sliced else 1.0))
-            if self.step.dynamic:
-                sizes[node] = self.step.bytes_expr(node) * (chunk if sliced else 1)
-            place[node] = len(ops)
-            if not inside:
-                ops.append(Op(node, Kind.SOURCE, (), 0, owned=False, traffic=size))
-                continue
-            reads = tuple(dict.fromkeys(place[a] for a in node.all_input_nodes if a in place))
-            seconds = node_seconds(node, self.rates, materialised=False) * share
-            several = isinstance(node.meta.get("val"), (list, tuple))
-            own = 0 if several or (node in written and sliced) else size
-            if node in written and adds_in_place(node, self.region.places[node]):
-                own, seconds = 0, max(seconds, 2 * size / self.rates.memory)
-            name, kind = op_kinds.op_name(node), op_kinds.classify(node)
-            heavy, drawn = name in op_kinds.HEAVY, name in op_kinds.DRAWN
-            walk = access(node)
-            moved = tuple(place[a] for a in walk.moved if a in place)
-            ops.append(
-                Op(node, kind, reads, own, seconds, heavy, drawn, moved=moved, breaks=walk.breaks)
-            )
-        line = simulate(ops, grouped=self.step.device.type == "cpu", parted=True)
-        buffers = sum(self.step.bytes(n) for n in part.outputs)
-        trip = line.seconds(self.rates.memory, self.rates.launch) + TRIP
-        expression = None
-        if self.step.dynamic:
-            written_to = sympy.Add(*(self.step.bytes_expr(n) for n in part.outputs))
-            expression = written_to + bound(self.step, line, sizes.__getitem__)
-        return LoopCost(buffers + line.peak, trip * hint(run.count), expression)
-
-
-#: Seconds to call the body once, beside its kernels.
-TRIP = 5e-5
-
-
-@dataclasses.dataclass(frozen=True)
-class LoopCost:
-    """What a loop node costs."""
-
-    bytes: int  #: alive inside it beside its inputs, at most: its buffers and one trip
-    seconds: float  #: of all its trips
-    expression: sympy.Expr | None = None  #: of ``bytes``, where sizes are symbolic
 
 
 def _returning_buffers(body: fx.GraphModule) -> fx.GraphModule:

@@ -8,25 +8,35 @@ any other, with a ladder of its own.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import fx
 
-from memcompile.analysis.ops import is_random, op_name
+from memcompile.analysis.ops import classify, is_random, op_name
+from memcompile.analysis.timeline import simulate
+from memcompile.body import trips
 from memcompile.contract import Loop
 from memcompile.head import Form, forms
+from memcompile.info import Info
 from memcompile.loop import Looped
 from memcompile.plan import Drafted, Plan
 from memcompile.planner import Planner
 from memcompile.report import LoopRow
 from memcompile.step import source_line
+from memcompile.trip import LoopCost, cost
 
 #: Rounds, and values looked at in each.
 ROUNDS, WIDEST = 24, 4
 #: What a round must lower the excess to, as a share of itself.
 ENOUGH = 0.95
+#: What a loop must take off where the floor is looked for, as a share of the first excess: one
+#: layer is a small part of a step.
+WORTH = 0.004
+#: How many high moments of the step are looked at for the floor's sake.
+HIGHEST = 4
 #: How high one moment may stand on the way, as a share of the peak, for others to come down.
 RISE = 1.1
 
@@ -59,6 +69,11 @@ class _State:
     drafted: Drafted
     rows: tuple[LoopRow, ...]
     last: tuple[Loop, Looped] | None = None  #: the move that made it, and how
+    write: Callable[[], _State | None] | None = None  #: set where only its draft is known
+
+    def real(self) -> _State | None:
+        """The state itself; ``None`` where it cannot be written."""
+        return self if self.write is None else self.write()
 
     @property
     def peak(self) -> int:
@@ -136,6 +151,7 @@ class _Search:
         self.start, self.anew, self.failed = start, anew, failed
         self.known_forms: dict[Any, list[Form]] = {}
         self.known: dict[Any, _State | None] = {}
+        self.in_vain: set[tuple[str, float]] = set()  #: values over which no loop has helped
 
     def rounds(self, aim: _Aim) -> tuple[_State, list[_Over]]:
         """Loop after loop, until none helps."""
@@ -156,28 +172,31 @@ class _Search:
             for loops in _by_dim(state.loops, values[0]) if values else []:
                 if loops[0].dim == over.dim:
                     tried = self._tried(state, self._forms(state, loops[0]), loops)
-                    state = self._written(state, self.start, aim, tried) or state
+                    chosen = _chosen(state, self.start, aim, tried)
+                    state = self._written(chosen) or state
         return state
 
     def _round(self, state: _State, aim: _Aim) -> tuple[_Over, _State] | None:
-        """The best loop over what is alive at the peak: its dimension first, then its count."""
-        now = _excess(state, state, aim.share)
-        for value in _large_at_peak(state):
-            best: tuple[int, list[Loop]] | None = None
-            for loops in _by_dim(state.loops, value):
-                for new in self._tried(
-                    state, self._forms(state, loops[0]), [loops[len(loops) // 2]]
-                ):
-                    left = _excess(new, state, aim.share)
-                    if left < now and (best is None or left < best[0]):
-                        best = left, loops
-            if best is None:
+        """The best loop over what is alive at the peak or, for the floor's sake, wherever helps."""
+        for value in _large_at_peak(state, 1 if aim.share > DEEPEST.share else HIGHEST):
+            if (value.name, aim.share) in self.in_vain:
                 continue
-            _, loops = best
-            tried = self._tried(state, self._forms(state, loops[0]), loops)
-            chosen = self._written(state, state, aim, tried)
+            by_dim = [
+                (self._forms(state, loops[0]), loops) for loops in _by_dim(state.loops, value)
+            ]
+            last = aim.share <= DEEPEST.share  # the first form holds more than the others do
+            tried = [
+                (new, loops[0].dim)
+                for found, loops in by_dim
+                for new in self._tried(state, found, loops, first=int(last and len(found) > 1))
+            ]
+            chosen = _chosen(state, state, aim, [new for new, _ in tried], self.start)
             if chosen is not None:
-                return _Over(value.name, loops[0].dim), chosen
+                dim = next(dim for new, dim in tried if new is chosen)
+                real = self._written(chosen)
+                if real is not None:
+                    return _Over(value.name, dim), real
+            self.in_vain.add((value.name, aim.share))
         return None
 
     def _forms(self, state: _State, loop: Loop) -> list[Form]:
@@ -186,25 +205,40 @@ class _Search:
             step = state.planner.draft.step
             self.known_forms[key] = []
             try:
-                self.known_forms[key] = list(forms(step, loop.value, loop.dim))
+                kept = state.drafted.plan.kept
+                self.known_forms[key] = list(forms(step, loop.value, loop.dim, kept))
             except Exception as error:  # a graph that no rule foresaw
                 self.failed(loop, error)
         return self.known_forms[key]
 
-    def _tried(self, state: _State, found: list[Form], loops: list[Loop]) -> list[_State]:
-        """The state with one more loop, in every form and count that can be written."""
-        made = [
-            self._apply(state, form, number, loop)
-            for number, form in enumerate(found)
-            for loop in loops
-        ]
+    def _tried(
+        self, state: _State, found: list[Form], loops: list[Loop], first: int = 0
+    ) -> list[_State]:
+        """The state with one more loop, in every form and count that can be written.
+
+        One count is written; what others would leave is read off the cost of their trips.
+        """
+        made: list[_State] = []
+        for number, form in list(enumerate(found))[first:]:
+            able = [loop for loop in loops if loop.chunks <= form.region.length]
+            if not able:
+                continue
+            middle = able[len(able) // 2]
+            written = self._apply(state, form, number, middle)
+            if written is None:
+                continue
+            for loop in able:
+                if loop is middle:
+                    made.append(written)
+                    continue
+                write = functools.partial(self._apply, state, form, number, loop)
+                drafted = _recounted(written, state, form, loop.chunks)
+                made.append(dataclasses.replace(written, drafted=drafted, write=write))
         most = _line(state, RISE)
-        return [new for new in made if new is not None and new.peak <= most]
+        return [new for new in made if new.peak <= most]
 
     def _apply(self, state: _State, form: Form, number: int, loop: Loop) -> _State | None:
         """The state with one more loop; ``None`` where it cannot be written."""
-        if form.region.length < loop.chunks:
-            return None
         key = state.shape, loop.value.name, loop.dim, number, loop.chunks
         if key not in self.known:
             self.known[key] = None
@@ -214,28 +248,30 @@ class _Search:
                 self.failed(loop, error)
         return self.known[key]
 
-    def _written(
-        self, state: _State, start: _State, aim: _Aim, tried: list[_State]
-    ) -> _State | None:
-        """The one chosen, its bodies traced; another where they cannot be."""
-        while (chosen := _chosen(state, start, aim, tried)) is not None:
-            assert chosen.last is not None
-            loop, looped = chosen.last
-            try:
-                looped.fill()
-            except Exception as error:  # an op that does not stand a smaller shape
-                self.failed(loop, error)
-                tried = [new for new in tried if new is not chosen]
-                continue
-            return chosen
-        return None
+    def _written(self, chosen: _State | None) -> _State | None:
+        """What was chosen, the bodies of its loops traced; ``None`` where they cannot be."""
+        real = chosen and chosen.real()
+        if real is None or real.last is None:
+            return None
+        loop, looped = real.last
+        try:
+            looped.fill()
+        except Exception as error:  # an op that does not stand a smaller shape
+            self.failed(loop, error)
+            return None
+        return real
 
 
-def _chosen(state: _State, start: _State, aim: _Aim, tried: list[_State]) -> _State | None:
+def _chosen(
+    state: _State, start: _State, aim: _Aim, tried: list[_State], first: _State | None = None
+) -> _State | None:
     """The quickest of those that leave about as little as any; ``None`` where none helps."""
     now = _excess(state, start, aim.share)
     lefts = [_excess(new, start, aim.share) for new in tried]
-    if not tried or min(lefts) >= ENOUGH * now:
+    least = (1 - ENOUGH) * now
+    if first is not None and aim.share <= DEEPEST.share:
+        least = WORTH * _excess(first, first, aim.share)
+    if not tried or now - min(lefts) <= least:
         return None
     about = aim.near * ((max(lefts) if aim.spread else now) - min(lefts))
     close = [n for n, left in zip(tried, lefts, strict=True) if left <= min(lefts) + about]
@@ -267,15 +303,73 @@ def _excess(state: _State, start: _State, share: float) -> int:
     return sum(live - line for live in moments if live > line)
 
 
-def _large_at_peak(state: _State) -> Iterator[fx.Node]:
-    """The largest computed values alive at the peak, largest first."""
-    drafted = state.drafted
-    line = max((drafted.forward, drafted.backward), key=lambda t: t.peak)
-    order = state.planner.draft.step.order
-    alive = {line.ops[j].node: line.ops[j].bytes for j in line.alive(line.at)}
-    nodes = [n for n in alive if n in order and n.op == "call_function" and alive[n]]
-    nodes.sort(key=lambda n: (-alive[n], order[n]))
-    yield from nodes[:WIDEST]
+def _large_at_peak(state: _State, moments: int) -> Iterator[fx.Node]:
+    """The largest computed values alive at the highest moments, the highest moment's first.
+
+    Of one moment the largest come first, of those products of several values; what is kept
+    anyway comes last.
+    """
+    drafted, given = state.drafted, set()
+    order, info = state.planner.draft.step.order, state.planner.draft.info
+    lines = (drafted.backward, drafted.forward)
+    places = [
+        (line.live[at], -number, -at)
+        for number, line in enumerate(lines)
+        for at in range(len(line.live))
+    ]
+    for _, number, at in sorted(places, reverse=True):
+        line = lines[-number]
+        alive = {line.ops[j].node: line.ops[j].bytes for j in line.alive(-at)}
+        nodes = [n for n in alive if n in order and n.op == "call_function" and alive[n]]
+        kept = drafted.plan.kept
+        nodes.sort(key=lambda n: (-alive[n], n in kept, -classify(n), -_made_of(info[n]), order[n]))
+        new = [n for n in nodes[:WIDEST] if n not in given]
+        if new:
+            yield from new
+            given.update(new)
+            moments -= 1
+        if not moments:
+            return
+
+
+def _made_of(info: Info) -> int:
+    """How many computed values a value is made of: a product of two says most of its layer."""
+    return sum(node.op == "call_function" for node in info.inputs)
+
+
+def _recounted(new: _State, old: _State, form: Form, chunks: int) -> Drafted:
+    """The draft of a state as if its newest loop had another count of chunks."""
+    draft, drafted, region = new.planner.draft, new.drafted, form.region
+    known = {id(node.meta["loop"]) for node in old.planner.draft.step.nodes if "loop" in node.meta}
+    costs: dict[fx.Node, LoopCost] = {}
+    done: set[bool] = set()
+    for node in draft.step.nodes:
+        if "loop" not in node.meta or id(node.meta["loop"]) in known:
+            continue
+        late = node in draft.step.sides.late and region.late is not None
+        part = region.late if late else region.early
+        assert part is not None
+        each = [
+            cost(form.step, region, part, run, draft.rates) for run in trips(region.size, chunks)
+        ]
+        costs[node] = LoopCost(max(c.bytes for c in each), sum(c.seconds for c in each))
+        if late in done:  # a shorter last chunk's: counted with the others
+            costs[node] = LoopCost(0, 0.0)
+        done.add(late)
+    lines = []
+    for line in (drafted.forward, drafted.backward):
+        ops = [
+            dataclasses.replace(op, work=costs[op.node].bytes, seconds=costs[op.node].seconds)
+            if op.node in costs
+            else op
+            for op in line.ops
+        ]
+        again = simulate(ops, 0, draft.grouped)
+        base = line.live[0] - again.live[0] if ops else 0
+        lines.append(dataclasses.replace(again, live=[live + base for live in again.live]))
+    rates = draft.rates
+    seconds = sum(line.seconds(rates.memory, rates.launch) for line in lines)
+    return dataclasses.replace(drafted, forward=lines[0], backward=lines[1], seconds=seconds)
 
 
 def _looped(state: _State, form: Form, loop: Loop, anew: Anew) -> _State:

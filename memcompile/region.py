@@ -18,7 +18,7 @@ from torch import fx
 from memcompile.analysis.flow import Rules, rules_for
 from memcompile.analysis.rules import Place, tensor_args
 from memcompile.lengths import ratio
-from memcompile.step import Step, hint, is_view, tensors
+from memcompile.step import Step, hint, is_view, tensors, view_base
 
 #: A value is of the seed's order from this share of its elements on: the first that gives a region.
 LARGE = (0.5, 0.75)
@@ -267,6 +267,31 @@ def _size(step: Step, places: dict[fx.Node, Place], reads: dict[fx.Node, tuple[P
     (size, *_) = sizes[least].values()
     every = [each for same in sizes.values() for each in same.values()]
     return None if least < 2 or any(ratio(each, size) is None for each in every) else size
+
+
+def given_once(step: Step, found: Region) -> Region:
+    """The region with the views of what it gives taken outside: two of one value are not two."""
+    viewed = _viewed_outside(step, found.places, found.again)
+    if not viewed:
+        return found
+    again = found.again | viewed
+    new = assemble(step, found.seed, found.dim, found.places, found.reads, again)
+    return new if new is not None and (new.late is None) == (found.late is None) else found
+
+
+def _viewed_outside(
+    step: Step, places: dict[fx.Node, Place], again: frozenset[fx.Node]
+) -> set[fx.Node]:
+    """Views that others read: taken outside, of what the loop gives, which is given once."""
+    found: set[fx.Node] = set()
+    for node in sorted(places, key=step.order.__getitem__, reverse=True):
+        if not is_view(node) or view_base(node) not in places or node in again:
+            continue
+        same_side = (node in step.sides.late) == (view_base(node) in step.sides.late)
+        others = (u not in places or u in again or u in found for u in node.users)
+        if same_side and not isinstance(places[node], str) and any(others):
+            found.add(node)
+    return found
 
 
 def _repeated(

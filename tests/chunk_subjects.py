@@ -50,6 +50,40 @@ class Triangle(nn.Module):
         return z + self.out(mixed.reshape(z.shape) * self.gate(y).sigmoid())
 
 
+class TriangleProduct(nn.Module):
+    """The edges of one node times those of another, summed over the third (algorithms 11, 12)."""
+
+    def __init__(self, outgoing: bool, width: int = 4) -> None:
+        super().__init__()
+        self.sum = "ikc,jkc->ijc" if outgoing else "kic,kjc->ijc"
+        self.norm, self.after = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.left, self.right = nn.Linear(width, width), nn.Linear(width, width)
+        self.left_gate, self.right_gate = nn.Linear(width, width), nn.Linear(width, width)
+        self.gate, self.out = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        x = self.norm(z)
+        left = self.left_gate(x).sigmoid() * self.left(x)
+        right = self.right_gate(x).sigmoid() * self.right(x)
+        product = torch.einsum(self.sum, left, right)
+        return z + self.out(self.after(product)) * self.gate(x).sigmoid()
+
+
+class Trunk(nn.Module):
+    """Layers of one width along a residual stream."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            TriangleProduct(True, width),
+            TriangleProduct(False, width),
+            TriangleProduct(True, width),
+        )
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return self.layers(z.tanh())
+
+
 class Transition(nn.Module):
     """A residual block that is wide inside."""
 

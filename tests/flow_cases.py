@@ -108,6 +108,7 @@ def cases() -> dict[str, Case]:
         "cat": c(aten.cat.default, [x, y, f(6, 5, 3)], -1, asked="a0>0 a1>1 b0>0 b1>1"),
         "cat along the first": c(aten.cat.default, [f(6, 5), f(4, 5)], asked="a1>1 b1>1"),
         # -- elementwise, broadcasting
+        "copy": c(aten.copy.default, x, f(5, 1), asked=f"{points} b0>1"),
         "add": c(aten.add.Tensor, x, y, asked=both, alpha=2),
         "add a row": c(aten.add.Tensor, x, f(4), asked=f"{points} b0>2"),
         "add a column": c(aten.add.Tensor, f(7, 1, 4), f(5, 1), asked="a0>0 a2>2 b0>1"),

@@ -212,6 +212,7 @@ OWN: dict[str, Callable[[fx.Node, tuple[Place, ...]], Flow | None]] = {
     "inductor_random": _draw,
     "inductor_randint": _draw,
     "cat": _cat,
+    "copy": _pointwise,
     "argmax": _reduced,
     "avg_pool2d": _same_dims(_pooled_dims),
     "constant_pad_nd": _same_dims(_padded_dims),
