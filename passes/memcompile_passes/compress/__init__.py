@@ -101,8 +101,8 @@ class Compress(Proposer):
 
 def follows(value: fx.Node) -> str | None:
     """How a value follows from others by what costs no more than decoding; ``None``: not so."""
-    if not runs_twice(value) or op_name(value) in DRAWN:
-        return None
+    if not runs_twice(value) or any(op_name(n) in DRAWN for n in (value, *value.all_input_nodes)):
+        return None  # a draw is not kept: what is made of it is stored
     tensor, kind = value.meta["val"], classify(value)
     if op_name(value) in ("bmm", "mm"):
         given = sum(hint(tensor_size(a.meta["val"])) for a in value.all_input_nodes)

@@ -68,9 +68,12 @@ def pack(x: torch.Tensor, dim: int, width: int) -> tuple[torch.Tensor, ...]:
     count, length = 8 // width, x.shape[dim]
     short = (length + count - 1) // count
     numbers = x.to(torch.uint8)
-    if not isinstance(length, int) or length % count:
+    if not isinstance(length, int):
+        more = [short * count - length if d == dim else n for d, n in enumerate(x.shape)]
+        numbers = torch.cat([numbers, numbers.new_zeros(more)], dim)
+    elif length % count:
         numbers = pad(numbers, [0, 0] * (x.dim() - dim - 1) + [0, short * count - length])
-    planes = numbers.unflatten(dim, (count, short)) << places(x, dim, width)
+    planes = numbers.unflatten(dim, (count, short)).bitwise_left_shift(places(x, dim, width))
     packed = planes.sum(dim, dtype=torch.uint8)
     return (packed,) if isinstance(length, int) else (packed, x.new_empty((length, 0)))
 
@@ -79,8 +82,8 @@ def unpack(
     packed: torch.Tensor, *lengths: torch.Tensor, dim: int, width: int, like: torch.Tensor
 ) -> torch.Tensor:
     """What :func:`pack` packed, in the dtype of ``like``."""
-    planes = (packed.unsqueeze(dim) >> places(packed, dim, width)) & (2**width - 1)
-    numbers = planes.flatten(dim, dim + 1)
+    planes = packed.unsqueeze(dim).bitwise_right_shift(places(packed, dim, width))
+    numbers = planes.bitwise_and(2**width - 1).flatten(dim, dim + 1)
     length = lengths[0].shape[0] if lengths else like.shape[dim]
     if not isinstance(length, int) or length % (8 // width):
         numbers = numbers.narrow(dim, 0, length)
