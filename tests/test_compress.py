@@ -1,7 +1,10 @@
 """The compress pass: exact to the bit, fewer saved bytes, and packing inside the kernels."""
 
+import copy
 import dataclasses
 import importlib.metadata
+import itertools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 from unittest import mock
@@ -10,19 +13,20 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import memopt
+from helpers import expected, memopt, observe
 from hypothesis import given, settings
 from memcompile_passes.compress import Compress
-from memcompile_passes.compress.bits import coded, pack, plane_dim, unpack
+from memcompile_passes.compress.bits import coded, plane_dim
+from memcompile_passes.compress.floats import holder
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 import memcompile
 import memcompile.compiler
 from memcompile import Codec, Coding, PassError, rebuild
+from memcompile.analysis.ranges import Ranges
 from memcompile.registry import defaults, resolve, source_key, spell
 from memcompile.testing import capture, check_pass
-
-aten = torch.ops.aten
 
 
 class Planned(memcompile.MemcompileError):
@@ -345,3 +349,234 @@ def test_decoded_values_lie_in_memory_as_the_value_did() -> None:
         made = rebuild(mask, coding.decode, coding.encode)
         (output,) = made.decode.graph.find_nodes(op="output")
         assert output.args[0][0].meta["val"].stride() == tensor.stride()
+
+
+# -- inside the kernels ------------------------------------------------------------------------
+
+#: A C++ function: its name in the wrapper, its pointers, and its body.
+KERNEL = re.compile(
+    r"^(\w+) = async_compile.*?void *kernel\((.*?)\)\n\{\n(.*?)\n\}\n", re.DOTALL | re.MULTILINE
+)
+LOOP = re.compile(r"^    \{\n(.*?)^    \}\n", re.DOTALL | re.MULTILINE)
+
+
+def pointers(text: str) -> dict[str, str]:
+    """The dtype of each pointer that a C++ function may write to."""
+    found = re.findall(r"(const )?(\w+)\* *(\w+_ptr\d+)", text)
+    return {name: dtype for const, dtype, name in found if not const}
+
+
+def written(code: str) -> Iterator[set[str]]:
+    """The dtypes that each outermost loop of the C++ functions writes."""
+    for _, arguments, body in KERNEL.findall(code):
+        dtypes = pointers(arguments)
+        for loop in LOOP.findall(body):
+            stores = re.findall(r"\.store\((\w+)|(\w+)\[[^\n]*\] = ", loop)
+            yield {dtypes[name] for pair in stores for name in pair if name in dtypes}
+
+
+def test_masks_are_packed_and_unpacked_inside_other_kernels() -> None:
+    model = chain(3, nn.ReLU, lambda: nn.Dropout(0.1))
+    compiled = memopt(loss(model), "min", "inductor", passes="compress", strict=True)
+    _, (forward, backward) = run_and_get_code(lambda: compiled(torch.randn(256, 64)).backward())
+    hows = [move.how for move in memcompile.reports()[-1].moves]
+    assert hows.count("bits") >= 4
+    packing = [dtypes for dtypes in written(forward) if "uint8_t" in dtypes]
+    assert len(packing) >= 2
+    assert all("float" in dtypes for dtypes in packing)  # none that packs and nothing else
+    loops = list(written(backward))
+    assert len(loops) >= 4 and all(dtypes == {"float"} for dtypes in loops)
+
+    unpacking = {name for name, given, _ in KERNEL.findall(backward) if "uint8_t" in given}
+    calls = re.findall(r"^ +(extern_kernels\.mm|cpp_fused\w+)\(", backward, re.MULTILINE)
+    places = [place for place, call in enumerate(calls) if call in unpacking]
+    assert len(places) >= 2
+    for one, other in itertools.pairwise(places):  # each where it is used
+        assert "extern_kernels.mm" in calls[one:other]
+
+
+def test_rounding_under_inductor_is_inductors() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(m for _ in range(3) for m in (nn.Linear(24, 24), nn.GELU())))
+    model.append(nn.Linear(24, 13)).append(nn.Hardtanh(-0.2, 0.2)).append(nn.Linear(13, 5))
+    x = torch.randn(96, 24, requires_grad=True)
+    exact = expected(copy.deepcopy(model).double(), [x.double().detach().requires_grad_()])
+
+    def errors(budget: Any) -> list[float]:
+        torch._dynamo.reset()
+        own = copy.deepcopy(model)
+        seen = observe(own, memopt(own, budget, "inductor", passes="compress", strict=True), [x])
+        pairs = [(seen.outputs, exact.outputs), (seen.gradients[0], exact.gradients[0])]
+        pairs += [(seen.parameters[name], exact.parameters[name]) for name in exact.parameters]
+        return [float((a.double() - b).norm() / b.norm()) for a, b in pairs]
+
+    own, ours = errors(None), errors("min")
+    assert memcompile.reports()[-1].moves
+    assert all(b <= max(1.5 * a, 1e-7) for a, b in zip(own, ours, strict=True))
+
+
+# -- what is proved ----------------------------------------------------------------------------
+
+
+def proved(function: Callable[..., Any], *inputs: Any) -> tuple[int, int] | None:
+    """The bounds of the value that the function gives first."""
+    step = capture(function, *inputs)[0].step
+    (first, *_) = step.outputs
+    return Ranges(step).bounds(first)
+
+
+NUMBERS = torch.randint(50, (6, 7))
+REALS = torch.randn(6, 7)
+
+
+@pytest.mark.parametrize(
+    ("function", "bounds"),
+    [
+        (lambda n, x: n.clamp(-3, 40) + 2, (-1, 42)),
+        (lambda n, x: (n % 7) * -3, (-18, 0)),
+        (lambda n, x: torch.where(n > 3, n % 5, 9), (0, 9)),
+        (lambda n, x: torch.cat([n % 3, torch.full((2, 7), -4)]), (-4, 2)),
+        (lambda n, x: F.pad(n % 3 + 4, (0, 1)), (0, 6)),
+        (lambda n, x: torch.arange(3, 20, 2) - 1, (2, 18)),
+        (lambda n, x: (n % 9).abs().neg(), (-8, 0)),
+        (lambda n, x: x.argmax(1), (0, 6)),
+        (lambda n, x: x.argmax(), (0, 41)),
+        (lambda n, x: x.sort(0)[1].mT.contiguous(), (0, 5)),
+        (lambda n, x: x.topk(2, 1)[1], (0, 6)),
+        (lambda n, x: torch.bucketize(x, torch.arange(4.0)), (0, 4)),
+        (lambda n, x: (x > 0).long() + (x > 1).long(), (0, 2)),
+        (lambda n, x: n & 12, (0, 12)),
+        (lambda n, x: (n % 7).to(torch.int8) * 100, None),  # it may wrap around
+        (lambda n, x: n + 1, None),
+        (lambda n, x: x.long(), None),
+    ],
+)
+def test_bounds_by_how_a_value_is_made(function: Any, bounds: tuple[int, int] | None) -> None:
+    assert proved(function, NUMBERS, REALS) == bounds
+
+
+@pytest.mark.parametrize(
+    ("function", "bounds"),
+    [
+        (lambda n, table: (n, table[n].sum()), (-9, 8)),
+        (lambda n, table: (n, F.embedding(n.view(-1), table).sum()), (-9, 8)),
+        (lambda n, table: (n, table.mT.gather(1, n).sum()), (-9, 8)),
+        (lambda n, table: (n, table[n[:1]].sum()), None),  # a part of it
+        (lambda n, table: (n, table[n.to(torch.int8).long()].sum()), None),  # cut off first
+        (lambda n, table: (n, table[n - 3].sum()), None),
+        (lambda n, table: (n, torch.where(n > 3, 1.0, table[0, 0])), None),
+    ],
+)
+def test_bounds_by_how_a_value_is_read(function: Any, bounds: tuple[int, int] | None) -> None:
+    def step(seed: torch.Tensor, table: torch.Tensor) -> Any:
+        return function(seed * 2, table)
+
+    assert proved(step, torch.randint(4, (3, 3)), torch.randn(9, 3)) == bounds
+
+
+@pytest.mark.parametrize(
+    ("function", "dtype"),
+    [
+        (lambda x, m: x.bfloat16().float().relu(), torch.bfloat16),
+        (lambda x, m: torch.cat([x.half().float(), m.float()]), torch.float16),
+        (lambda x, m: torch.cat([x.half().float(), x.bfloat16().float()]), torch.float32),
+        (lambda x, m: m.float()[:, None] * m.float()[None], torch.bool),
+        (lambda x, m: x.bfloat16().float() * (1 - m.float()), torch.bfloat16),
+        (lambda x, m: x.bfloat16().float() * 3, torch.float32),
+        (lambda x, m: torch.where(m, x.bfloat16().float(), 0.1), torch.float32),
+        (lambda x, m: m.long().float() * 1.5, torch.float32),
+    ],
+)
+def test_floats_that_are_a_narrower_dtypes(function: Any, dtype: torch.dtype) -> None:
+    step = capture(function, REALS, REALS > 0)[0].step
+    (first, *_) = step.outputs
+    assert holder(first, Ranges(step)) == dtype
+
+
+# -- codecs of others --------------------------------------------------------------------------
+
+
+class Halves(Codec):
+    """Doubles as floats: somebody else's codec, and a lossy one."""
+
+    name: ClassVar[str] = "halves"
+    exactness: ClassVar[Any] = "no"
+    error: ClassVar[float] = 2.0**-24
+
+    def coding(self, value: Any, step: Any) -> Coding | None:
+        if value.meta["val"].dtype != torch.float64:
+            return None
+        return Coding(lambda x: x.float(), lambda s: s.double(), lambda x: 4 * x.numel())
+
+
+class Wrong(Halves):
+    """Says it stores less than it does."""
+
+    name: ClassVar[str] = "wrong"
+
+    def coding(self, value: Any, step: Any) -> Coding | None:
+        coding = super().coding(value, step)
+        return coding and dataclasses.replace(coding, bytes=lambda x: 2 * x.numel())
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``halves`` as if a package had registered it, and two that are none."""
+    original = importlib.metadata.entry_points
+
+    class Point:
+        def __init__(self, name: str, loaded: object) -> None:
+            self.name, self.value, self.loaded = name, f"stranger:{name}", loaded
+
+        def load(self) -> object:
+            return self.loaded
+
+    points = [Point("halves", Halves), Point("integer", int), Point("other", Halves)]
+    monkeypatch.setattr(
+        importlib.metadata,
+        "entry_points",
+        lambda group: points if group == "memcompile.codecs" else original(group=group),
+    )
+
+
+def doubles(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return (x @ weight).sin().square().mean()
+
+
+def test_a_registered_codec_runs_when_named(registered: None) -> None:
+    (configured,) = resolve("compress{codecs='halves'}")
+    assert isinstance(configured, Compress) and configured.exactness == "no"
+    assert resolve(spell(configured)) == [configured]
+    weight = torch.randn(16, 16, dtype=torch.float64, requires_grad=True)
+    checked = check_pass(configured, doubles, torch.randn(32, 16).double(), weight)
+    assert 0 < checked.error < 1e-5
+    assert checked.after < checked.before
+    both = Compress(codecs=("default", Halves()))
+    assert {"bits", "halves"} <= {codec.name for codec in both._chosen}
+    assert Compress().exactness == "bits"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("compress{codecs='halfs'}", "no codec is named 'halfs'; there are bits, floats, halves"),
+        ("compress{codecs='integer'}", "'integer' .* is not a Codec"),
+        ("compress{codecs='other'}", "'other' .* is a codec named 'halves'"),
+        ("compress{least=-1}", "least=-1 is below 0"),
+    ],
+)
+def test_what_is_misspelt_is_an_error(text: str, says: str, registered: None) -> None:
+    with pytest.raises(PassError, match=says):
+        resolve(text)
+
+
+def test_a_codec_is_held_to_its_byte_formula() -> None:
+    weight = torch.randn(16, 16, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(PassError, match=r"codec wrong says 1024 bytes .* stores 2048"):
+        check_pass(Compress(codecs=(Wrong(),)), doubles, torch.randn(32, 16).double(), weight)
+
+
+def test_it_runs_when_named_and_codecs_are_in_its_key() -> None:
+    assert "compress" not in [each.name for each in defaults()]
+    assert source_key(Compress(codecs=(Halves(),))) != source_key(Compress(codecs=(Wrong(),)))
+    assert {type(part).__name__ for part in Compress().parts} == {"Bits", "Integers", "Floats"}

@@ -223,6 +223,11 @@ def _union(values: list[Any], made: Made) -> Bounds | None:
     return min(b[0] for b in found if b), max(b[1] for b in found if b)
 
 
+def _pad(node: fx.Node, made: Made) -> Bounds | None:
+    (around,) = node.args[2:] or (0,)
+    return _union([node.args[0], int(around)], made) if around == int(around) else None
+
+
 def _arithmetic(function: Callable[[int, int], int]) -> Rule:
     def rule(node: fx.Node, made: Made) -> Bounds | None:
         if node.kwargs or len(node.args) != 2:
@@ -241,16 +246,17 @@ def _clamp(node: fx.Node, made: Made) -> Bounds | None:
     low, high = node.kwargs.get("min", args[0]), node.kwargs.get("max", args[1])
     if name == "clamp_max":
         low, high = None, node.kwargs.get("max", args[0])
-    inner = made(node.args[0])
-    least = low if isinstance(low, int) else inner and inner[0]
-    most = high if isinstance(high, int) else inner and inner[1]
-    if least is None or most is None:
+    if not all(limit is None or type(limit) is int for limit in (low, high)):
         return None
-    if inner is not None:  # what is inside of the limits already stays
-        bound = max(inner[0], least), min(inner[1], most)
-        if bound[0] <= bound[1]:
-            return bound
-    return (least, most) if least <= most else (most, most)
+    dtype = _dtype(node)
+    assert dtype is not None
+    limits = torch.iinfo(dtype)
+    least, most = made(node.args[0]) or (limits.min, limits.max)
+    if low is not None:
+        least, most = max(least, low), max(most, low)
+    if high is not None:
+        least, most = min(least, high), min(most, high)
+    return least, most
 
 
 def _remainder(node: fx.Node, made: Made) -> Bounds | None:
@@ -339,7 +345,7 @@ _RULES: dict[str, Rule] = {
     "cat": lambda node, made: _union(list(node.args[0]), made),
     "stack": lambda node, made: _union(list(node.args[0]), made),
     "where": lambda node, made: _union(list(node.args[1:]), made),
-    "constant_pad_nd": lambda node, made: _union([node.args[0], *(node.args[2:] or (0,))], made),
+    "constant_pad_nd": _pad,
     "add": _arithmetic(operator.add),
     "sub": _arithmetic(operator.sub),
     "mul": _arithmetic(operator.mul),
