@@ -113,7 +113,7 @@ def _split(node: Any, count: int) -> None:
     body = node._body
     first, *others = body.sizes[0]
     stretch = first // count
-    sizes = ([stretch, *others, count], [])
+    sizes: tuple[list[Any], list[Any]] = ([stretch, *others, count], [])
 
     def moved(*indices: Sequence[Any]) -> Any:
         outer, *inner, plane = [each for index in indices for each in index]
