@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from helpers import expected, memopt, observe, short_planning
 from hypothesis import given, settings
 from memcompile_passes.compress import Compress
-from memcompile_passes.compress.bits import coded, plane_dim
+from memcompile_passes.compress.bits import coded, row_dim
 from memcompile_passes.compress.floats import holder
 from torch import nn
 from torch._inductor.utils import run_and_get_code
@@ -312,7 +312,7 @@ def test_what_is_packed_comes_back(
     packed = coding.encode(numbers)
     assert sum(part.nbytes for part in packed) == coding.bytes(numbers)
     assert torch.equal(coding.decode(*packed), numbers)
-    length = numbers.shape[plane_dim(numbers, 8 // width)]
+    length = numbers.shape[row_dim(numbers, 8 // width)]
     if length % (8 // width) == 0:
         assert coding.bytes(numbers) * 8 == numbers.numel() * width
 

@@ -3,9 +3,9 @@
 PyTorch keeps a boolean in a whole byte. Masks as bits: Jain et al., "Gist: Efficient Data
 Encoding for Deep Neural Network Training" (2018), §4.
 
-A dimension of ``n`` is cut into as many planes as a byte holds numbers, each of them an equal
-stretch of it, and a byte is made of the numbers at one place of all planes. So both sides are
-read and written in the order in which they lie in memory, eight streams at a time.
+A byte holds neighbours along one dimension, the outermost in memory that eight divides: the same
+place in eight rows. So rows are read and written as they lie in memory, and eight that share their
+bytes one after the other.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Bits(Codec):
 
 def coded(tensor: torch.Tensor, width: int) -> Coding:
     """Numbers of ``width`` bits, along the dimension that wastes least."""
-    count, dim = 8 // width, plane_dim(tensor, 8 // width)
+    count, dim = 8 // width, row_dim(tensor, 8 // width)
     return Coding(
         encode=functools.partial(pack, dim=dim, width=width),
         decode=functools.partial(unpack, dim=dim, width=width, like=tensor),
@@ -52,7 +52,7 @@ def coded(tensor: torch.Tensor, width: int) -> Coding:
     )
 
 
-def plane_dim(tensor: torch.Tensor, count: int) -> int:
+def row_dim(tensor: torch.Tensor, count: int) -> int:
     """The outermost dimension in memory that ``count`` divides, else the longest known one."""
     outer = sorted(range(tensor.dim()), key=lambda dim: -hint(tensor.stride(dim)))
     whole = [d for d in outer if isinstance(n := tensor.shape[d], int) and n and n % count == 0]
@@ -61,7 +61,7 @@ def plane_dim(tensor: torch.Tensor, count: int) -> int:
 
 
 def pack(x: torch.Tensor, dim: int, width: int) -> tuple[torch.Tensor, ...]:
-    """``x`` with ``8 / width`` stretches of dimension ``dim`` in one.
+    """``x`` with ``8 / width`` neighbours along dimension ``dim`` in one byte.
 
     A symbolic length is stored as that of a tensor without elements.
     """
@@ -73,8 +73,8 @@ def pack(x: torch.Tensor, dim: int, width: int) -> tuple[torch.Tensor, ...]:
         numbers = torch.cat([numbers, numbers.new_zeros(more)], dim)
     elif length % count:
         numbers = pad(numbers, [0, 0] * (x.dim() - dim - 1) + [0, short * count - length])
-    planes = numbers.unflatten(dim, (count, short)).bitwise_left_shift(places(x, dim, width))
-    packed = planes.sum(dim, dtype=torch.uint8)
+    moved = numbers.unflatten(dim, (short, count)).bitwise_left_shift(places(x, dim, width))
+    packed = moved.sum(dim + 1, dtype=torch.uint8)
     return (packed,) if isinstance(length, int) else (packed, x.new_empty((length, 0)))
 
 
@@ -82,8 +82,8 @@ def unpack(
     packed: torch.Tensor, *lengths: torch.Tensor, dim: int, width: int, like: torch.Tensor
 ) -> torch.Tensor:
     """What :func:`pack` packed, in the dtype of ``like``."""
-    planes = packed.unsqueeze(dim).bitwise_right_shift(places(packed, dim, width))
-    numbers = planes.bitwise_and(2**width - 1).flatten(dim, dim + 1)
+    moved = packed.unsqueeze(dim + 1).bitwise_right_shift(places(packed, dim, width))
+    numbers = moved.bitwise_and(2**width - 1).flatten(dim, dim + 1)
     length = lengths[0].shape[0] if lengths else like.shape[dim]
     if not isinstance(length, int) or length % (8 // width):
         numbers = numbers.narrow(dim, 0, length)
@@ -91,6 +91,6 @@ def unpack(
 
 
 def places(like: torch.Tensor, dim: int, width: int) -> torch.Tensor:
-    """How far each plane's numbers are moved up in their byte; ``like`` has no planes yet."""
+    """How far neighbours along ``dim`` are moved up in their byte."""
     shifts = width * torch.arange(8 // width, dtype=torch.uint8, device=like.device)
-    return shifts.view(-1, *[1] * (like.dim() - dim))
+    return shifts.view(-1, *[1] * (like.dim() - 1 - dim))

@@ -1,10 +1,10 @@
 """Private torch that packing needs: the loops of Inductor's kernels.
 
-Checked by running on torch 2.13.0 (CPU). Numbers packed eight to a byte are a sum over eight
-planes, each a stretch of the outermost dimension. What makes the numbers walks over the whole
-dimension in one loop, and Inductor's C++ fuses kernels only where their loops are the same. Here
-the loop over the whole is written as one over a stretch and, inside of it, one over the planes:
-the same elements, each once, and the loops of the sum. Then producer and packing are one kernel.
+Checked by running on torch 2.13.0 (CPU). Numbers packed eight to a byte are a sum over eight rows.
+What makes the numbers walks over all rows in one loop, and Inductor's C++ fuses kernels only where
+their loops are the same. Here the loop over the rows is written as one over every eighth and one,
+inside of all others, over the eight: the same elements, each once, and the loops of the sum. Then
+producer and packing are one kernel.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch._inductor import dependencies, ir
 from torch._inductor.loop_body import LoopBody
 from torch._inductor.scheduler import Scheduler, SchedulerNode
 
-__all__ = ["LoopBody", "Scheduler", "SchedulerNode", "dependencies", "fused_planes", "ir"]
+__all__ = ["LoopBody", "Scheduler", "SchedulerNode", "dependencies", "fused_packing", "ir"]
 
 
 @contextlib.contextmanager
-def fused_planes() -> Iterator[None]:
+def fused_packing() -> Iterator[None]:
     """Within the block, C++ kernels that pack numbers are fused with what makes those."""
     if not hasattr(SchedulerNode, "apply_loop_reindexing"):  # before 2.13
         yield
@@ -41,7 +41,7 @@ def fused_planes() -> Iterator[None]:
 
 
 def _packs(node: Any) -> bool:
-    """Whether the kernel is a sum of bytes over eight planes, on a CPU."""
+    """Whether the kernel is a sum of bytes over eight rows, on a CPU."""
     if not isinstance(node, SchedulerNode) or not isinstance(node.node, ir.ComputedBuffer):
         return False
     data = node.node.data
@@ -51,7 +51,7 @@ def _packs(node: Any) -> bool:
 
 
 def _align(packing: list[Any], nodes: Sequence[Any]) -> None:
-    """Give sums over planes, and all that walks over what they pack, the same loops."""
+    """Give sums over rows, and all that walks over what they pack, the same loops."""
     while packing:
         first, *packing = packing
         (count,), whole = first._sizes[1], _product(first._sizes[0]) * 8
@@ -67,12 +67,11 @@ def _align(packing: list[Any], nodes: Sequence[Any]) -> None:
             found, sums = found + more, sums + also
             packing = [n for n in packing if n not in also]
             reached = reached.union(*map(_names, more + also))
-        shapes = {tuple(node._sizes[0]) for node in found}
-        finest = max(shapes, key=len, default=())
-        if not finest or finest[0] % count or shapes - {finest, (whole,)}:
+        inner = tuple(first._sizes[0])
+        finest = (inner[0] * count, *inner[1:])
+        if {tuple(node._sizes[0]) for node in sums} != {inner}:
             continue
-        inner = (finest[0] // count, *finest[1:])
-        if {tuple(node._sizes[0]) for node in sums} - {inner, (whole // count,)}:
+        if {tuple(node._sizes[0]) for node in found} - {finest, (whole,)}:
             continue
         for node in sums:
             _reindex(node, list(inner))
@@ -109,15 +108,14 @@ def _reindex(node: Any, sizes: list[Any]) -> None:
 
 
 def _split(node: Any, count: int) -> None:
-    """The outermost loop over ``n`` becomes one over ``n / count``, and one inside of all."""
+    """The outermost loop becomes one over every ``count`` rows and one, innermost, over those."""
     body = node._body
     first, *others = body.sizes[0]
-    stretch = first // count
-    sizes: tuple[list[Any], list[Any]] = ([stretch, *others, count], [])
+    sizes: tuple[list[Any], list[Any]] = ([first // count, *others, count], [])
 
     def moved(*indices: Sequence[Any]) -> Any:
-        outer, *inner, plane = [each for index in indices for each in index]
-        return body([plane * stretch + outer, *inner], [])
+        outer, *inner, row = [each for index in indices for each in index]
+        return body([outer * count + row, *inner], [])
 
     fresh, ranges = dependencies.index_vars_no_squeeze(*sizes, prefix="t")
     between = LoopBody(moved, fresh, ranges, *fresh)
