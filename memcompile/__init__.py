@@ -1,7 +1,18 @@
 """memcompile: a ``torch.compile`` backend that makes a training step fit a memory budget."""
 
 from memcompile.analysis.ops import runs_twice
-from memcompile.contract import Context, Loop, Pass, Proposal, Proposer, Rebuild, Rewrite, rebuild
+from memcompile.contract import (
+    Codec,
+    Coding,
+    Context,
+    Loop,
+    Pass,
+    Proposal,
+    Proposer,
+    Rebuild,
+    Rewrite,
+    rebuild,
+)
 from memcompile.errors import BudgetError, MemcompileError, PassError
 from memcompile.measure import Peak, measure_peak
 from memcompile.options import Options, OptionsError
@@ -14,6 +25,8 @@ from memcompile.version import __version__
 
 __all__ = [
     "BudgetError",
+    "Codec",
+    "Coding",
     "Context",
     "Loop",
     "MemcompileError",

@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from memcompile import _torch
 from memcompile.errors import PassError
-from memcompile.step import Step
+from memcompile.step import Step, hint
 
 #: ``"bits"``: identical. ``"rounding"``: the same function, another order of rounding.
 #: ``"no"``: numbers may change; such a pass runs only when the user names it.
@@ -57,6 +57,11 @@ class Pass(abc.ABC):
         """How exact this configured pass is; override when an option changes it."""
         return "bits"
 
+    @property
+    def parts(self) -> tuple[object, ...]:
+        """Objects of other files that it works by: an edit of those is a cache miss, too."""
+        return ()
+
 
 class Rewrite(Pass):
     """A pass that changes a graph in place, before anything is planned."""
@@ -89,6 +94,36 @@ class Rebuild:
     decode: fx.GraphModule
     encode: fx.GraphModule | None = None
     reads: tuple[fx.Node, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Coding:
+    """How a codec stores one value.
+
+    ``encode(tensor)`` gives what is stored, a tensor or a tuple of them; ``decode(*stored,
+    *reads)`` gives the value back, in its own shape and dtype. Both are pure. ``bytes(tensor)``
+    is what ``encode`` stores of it, in bytes: a move is offered where that is less than the value.
+    """
+
+    encode: Callable[[torch.Tensor], torch.Tensor | tuple[torch.Tensor, ...]]
+    decode: Callable[..., torch.Tensor]
+    bytes: Callable[[torch.Tensor], int]
+    reads: tuple[fx.Node, ...] = ()
+
+
+class Codec(abc.ABC):
+    """A way to store values in fewer bytes, for the ``compress`` pass to offer.
+
+    Registered by an entry point of the group ``memcompile.codecs``, under its ``name``.
+    """
+
+    name: ClassVar[str]
+    exactness: ClassVar[Exactness] = "bits"  #: ``"no"`` for a lossy one: it runs when named
+    error: ClassVar[float] = 0.0  #: the largest relative error of a lossy one's values
+
+    @abc.abstractmethod
+    def coding(self, value: fx.Node, step: Step) -> Coding | None:
+        """How to store ``value``, an early value that owns its memory; ``None``: not this way."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +165,8 @@ def rebuild(
 
     Args:
         value: the node whose tensor is not to be kept.
-        decode: ``decode(*encoded, *reads) -> tensor`` with the shape and dtype of ``value``.
+        decode: ``decode(*encoded, *reads) -> tensor`` with the shape and dtype of ``value``;
+            where its strides are others, the value's own are given to it.
         encode: ``encode(tensor) -> tensor or tuple``, what is stored; ``None`` stores nothing.
         reads: other values of the step that ``decode`` needs.
 
@@ -154,7 +190,23 @@ def rebuild(
             f"the value is {original.dtype}{list(original.shape)}; return the value's own "
             "shape and dtype"
         )
+    if original.layout == torch.strided and _strides(got) != _strides(original):
+        traced_decode = _trace(
+            lambda *args: (_laid_out(decode(*args), original),), mode, *stored, *others
+        )
     return Rebuild(traced_decode, traced_encode, tuple(reads))
+
+
+def _laid_out(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The same elements, in memory in the order of ``like``: views of the value rely on it."""
+    strides = _strides(like)
+    order = sorted(range(like.dim()), key=lambda dim: -strides[dim])
+    back = sorted(range(like.dim()), key=order.__getitem__)
+    return tensor.permute(order).contiguous().permute(back)
+
+
+def _strides(tensor: torch.Tensor) -> list[int]:
+    return [hint(stride) for stride in tensor.stride()]
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ from memcompile.contract import Proposal, Rebuild
 from memcompile.info import Info, read_fragment, read_node
 from memcompile.order import late_order
 from memcompile.plan import Drafted, Late, Plan
-from memcompile.step import Step, is_view
+from memcompile.step import Step, is_view, tensors
 
 
 class Draft:
@@ -175,7 +175,7 @@ class Draft:
                 place[node] = next(given)
             elif node.op == "output":
                 return [place[out] for out in node.args[0]]
-            else:
+            elif tensors(node):  # no symbolic size
                 what = self._fragment_info(node)
                 args = tuple(dict.fromkeys(place[a] for a in node.all_input_nodes if a in place))
                 if what is None:

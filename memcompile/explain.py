@@ -121,7 +121,7 @@ def _moves(
     step: Step, before: Drafted, after: Drafted, proposals: Sequence[Proposal]
 ) -> list[MoveRow]:
     """Values stored before and not after are moved; the other way round they are kept."""
-    owner = {p.value.name: p.by for p in proposals if p.rebuild is None}
+    owner = {p.value.name: (p.by, p.how) for p in reversed(proposals) if p.rebuild is None}
     # A step with loops is another graph; what they left alone has kept its name.
     was, now = {n.name for n in before.saved}, {n.name for n in after.saved}
     there = {n.name for n in after.early}
@@ -132,7 +132,9 @@ def _moves(
         if node.name in now:
             continue
         other = rebuilt.get(node.name)
-        by, how = (other.by, other.how) if other else (owner.get(node.name, "?"), "recompute")
+        by, how = owner.get(node.name, ("?", "recompute"))
+        if other:
+            by, how = other.by, other.how
         if node.name not in there:
             how = "loop"
         seconds = per_copy.get(node.name, 0.0)

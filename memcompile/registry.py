@@ -156,11 +156,15 @@ def spell(configured: Pass) -> str:
 
 
 def source_key(configured: Pass) -> str:
-    """Changes whenever the pass's fields or its source file change."""
+    """Changes whenever the pass's fields, its source file or that of one of its parts change."""
     cls = type(configured)
-    try:
-        source = Path(inspect.getfile(cls)).read_bytes()
-    except (OSError, TypeError):
-        source = repr(cls).encode()
-    digest = hashlib.sha256(source).hexdigest()[:16]
+    sources = dict.fromkeys(_source(each) for each in (cls, *map(type, configured.parts)))
+    digest = hashlib.sha256(b"\0".join(sources)).hexdigest()[:16]
     return f"{cls.__module__}.{cls.__qualname__}:{spell(configured)}:{digest}"
+
+
+def _source(cls: type) -> bytes:
+    try:
+        return Path(inspect.getfile(cls)).read_bytes()
+    except (OSError, TypeError):
+        return repr(cls).encode()

@@ -95,6 +95,7 @@ def test_private_torch_is_seen(source: str, found: bool) -> None:
         "memcompile._torch.fusion",
         "memcompile._torch.loops",
         "memcompile._torch.pieces",
+        "memcompile._torch.packing",
     ],
 )
 def test_everything_behind_the_door_is_there(room: str) -> None:

@@ -16,6 +16,7 @@ from torch._inductor.codegen.cpp import CppScheduling
 from torch._inductor.virtualized import V
 
 from memcompile._torch import sizevar_hint
+from memcompile._torch.packing import fused_packing
 
 __all__ = ["CppScheduling", "V", "prompt_kernels"]
 
@@ -32,7 +33,8 @@ def prompt_kernels(held: float) -> Iterator[None]:
             it has done with. A function frees nothing before it ends, and Inductor puts all
             kernels between two library calls into one.
 
-    Nor does it fuse what would move a value's life past a library call.
+    Nor does it fuse what would move a value's life past a library call. What packs numbers is
+    fused with what makes them (:func:`memcompile._torch.packing.fused_packing`).
 
     A kernel runs where its last part can. Inductor fuses, say, the half of a parameter's
     gradient that the first use gives with the sum at the other end of the backward, or a
@@ -74,7 +76,7 @@ def prompt_kernels(held: float) -> Iterator[None]:
     prompt = object.__new__(Prompt)
     prompt.__dict__.update(given.__dict__)
     apart = mock.patch.object(CppScheduling, "ready_to_flush", ready_to_flush)
-    with V.set_choices_handler(prompt), apart:
+    with V.set_choices_handler(prompt), apart, fused_packing():
         yield
 
 

@@ -100,7 +100,9 @@ def _gap(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
 
 
 def _norm(value: Any) -> float:
-    return float(wide(value.detach()).abs().double().norm()) if _is_dense(value) else 0.0
+    if not _is_dense(value) or value.dtype == torch.bool:
+        return 0.0
+    return float(wide(value.detach()).abs().double().norm())
 
 
 def _is_dense(value: Any) -> bool:
