@@ -128,13 +128,12 @@ class Seen:
             if self.only is None or self.only == early:
                 yield form
 
-    def write(self, looped: Looped) -> Any:
-        module = WRITE(looped)
-        self.bodies += looped.bodies.values()
-        return module
+    def fill(self, looped: Looped) -> None:
+        FILL(looped)
+        self.bodies += [getattr(looped.module, name) for name in looped.bodies]
 
 
-WRITE = Looped.write
+FILL = Looped.fill
 
 
 def run(
@@ -144,7 +143,7 @@ def run(
     seen = Seen(early)
     with (
         mock.patch.object(looping, "forms", seen.forms),
-        mock.patch.object(Looped, "write", lambda looped: seen.write(looped)),
+        mock.patch.object(Looped, "fill", lambda looped: seen.fill(looped)),
     ):
         more = {"budget": "min", "passes": PASSES, "strict": True, **more}
         got, (report,) = planned(model, inputs, **more)
