@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from memcompile import _torch
-from memcompile._torch.symbols import like, simplified
+from memcompile._torch.symbols import is_known, like, simplified
 
 #: Small, since rules cut a length into as many parts; no size of the step is a multiple of one.
 FROM = 11
@@ -79,15 +79,16 @@ def _primes_for(nodes: Iterable[fx.Node]) -> dict[sympy.Symbol, int]:
             if isinstance(size, int):
                 taken.add(size or 1)
             else:
-                symbols.update(dict.fromkeys(sorted(_expression(size).free_symbols, key=str)))
-    found: dict[sympy.Symbol, int] = {}
+                found = filter(is_known, _expression(size).free_symbols)
+                symbols.update(dict.fromkeys(sorted(found, key=str)))
+    primes: dict[sympy.Symbol, int] = {}
     prime = FROM
     for symbol in symbols:
         while any(size % prime == 0 for size in taken):
             prime = sympy.nextprime(prime)
-        found[symbol] = prime
+        primes[symbol] = prime
         prime = sympy.nextprime(prime)
-    return found
+    return primes
 
 
 def _sizes(value: Any) -> list[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from chunk_subjects import Attention, OuterProductMean, Triangle, Words, double, words
-from helpers import assert_same, expected, memopt, observe, short_planning, tensor
+from helpers import assert_same, expected, memopt, observe, planned, short_planning, tensor
 from torch import nn
 from torch.nn import functional as F
 
@@ -122,6 +122,18 @@ def test_an_inference_graph_of_any_length_is_looped() -> None:
     assert len(reports) == 1 and reports[0].loops
 
 
+def test_a_length_that_depends_on_data_is_left_whole() -> None:
+    def chosen(x: torch.Tensor) -> torch.Tensor:
+        rows = x[x[:, 0] > 0]
+        return (rows @ x.T).tanh() @ x
+
+    x = tensor(37, 4)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        got, (report,) = planned(chosen, [x], "min", passes="chunk", strict=True, fullgraph=True)
+    assert_same(got, expected(chosen, [x]))
+    assert not report.loops
+
+
 # ---------------------------------------------------------------- lengths as numbers
 
 
@@ -159,3 +171,22 @@ def test_no_size_of_a_model_stands_for_a_symbol() -> None:
     length = shapes[-1][0]
     assert set(shapes) == {(length, 2 * FROM), (2 * FROM, length), (length, length)}
     assert length > FROM and 2 * FROM % length
+
+
+def test_what_depends_on_data_has_no_number() -> None:
+    values: list[Any] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        nodes = list(module.graph.nodes)
+        for node in nodes:
+            node.meta["val"] = node.meta.get("example_value")
+        values.extend(twin.meta["val"] for twin in with_numbers(nodes).values())
+        return module
+
+    x = torch.randn(5)
+    torch._dynamo.mark_dynamic(x, 0)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        torch.compile(lambda x: x[x > 0] * 2, backend=backend)(x)
+    shapes = [value.shape for value in values if isinstance(value, torch.Tensor)]
+    assert shapes and len(set(shapes)) == 1  # the input and what is compared
+    assert values[-1] is None

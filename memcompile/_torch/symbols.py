@@ -26,6 +26,7 @@ __all__ = [
     "PythonReferenceAnalysis",
     "ShapeEnv",
     "SymT",
+    "is_known",
     "like",
     "simplified",
     "size_node",
@@ -88,6 +89,11 @@ def sizes_from_inputs(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+def is_known(symbol: sympy.Symbol) -> bool:
+    """Whether a symbol has a value in this trace: it does not depend on data."""
+    return not symbol_is_type(symbol, _UNKNOWN)
+
+
 def like(size: torch.SymInt, expression: sympy.Expr) -> torch.SymInt:
     """A symbolic size of the trace that ``size`` is of."""
     env = size.node.shape_env
@@ -129,7 +135,7 @@ def unguarded(env: ShapeEnv | None) -> Iterator[dict[sympy.Basic, None]]:
 
     def evaluate_expr(self: ShapeEnv, expression: sympy.Basic, *args: Any, **kwargs: Any) -> Any:
         symbols = expression.free_symbols
-        if symbols and not any(symbol_is_type(s, _UNKNOWN) for s in symbols):
+        if symbols and all(map(is_known, symbols)):
             asked.setdefault(expression)
         return original(self, expression, *args, **kwargs)
 
