@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 from chunk_subjects import Trunk, double
-from helpers import tensor
+from helpers import FUSED_CLOSE, assert_same, expected, planned, tensor
 from test_chunk import looped
 from test_region import joint
 from torch import Tensor, fx
@@ -97,3 +97,12 @@ def test_no_layer_is_grown_past_what_is_saved() -> None:
 def test_a_trunk_of_one_size_gets_loops(length: int) -> None:
     report = looped(double(Trunk), tensor(length, length, 4))
     assert any(row.nodes > 50 for row in report.loops)
+
+
+@pytest.mark.slow
+def test_a_trunk_in_loops_is_eagers_under_inductor() -> None:
+    model, x = double(Trunk), tensor(13, 13, 4)
+    got, (report,) = planned(model, [x], "min", "inductor", passes="default,chunk", strict=True)
+    assert_same(got, expected(model, [x]), **FUSED_CLOSE)
+    assert any(row.nodes > 50 for row in report.loops)
+    assert report.lowered < 0.5 * report.inductor
