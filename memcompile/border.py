@@ -20,10 +20,10 @@ import torch
 from torch import fx
 
 from memcompile.analysis.flow import Rules, rules_for
-from memcompile.analysis.ops import is_random, runs_twice
+from memcompile.analysis.ops import is_random
 from memcompile.analysis.rules import Flow, Place, tensor_args
-from memcompile.region import Part, Region, assemble
-from memcompile.step import Step, must_save
+from memcompile.region import Part, Region, assemble, may_run_again, note
+from memcompile.step import Step
 
 #: Nodes that may be taken in.
 MOST = 150
@@ -134,10 +134,7 @@ class Border:
             return False
         if step.roots[node] in self.kept:
             return False
-        source = node.args[0] if node.target is operator.getitem else node
-        assert isinstance(source, fx.Node)
-        fixed = must_save(node) or is_random(source) or step.reads_overwritten(source)
-        return runs_twice(source) and not fixed
+        return may_run_again(step, node)
 
     def _before(self, part: Part, node: fx.Node, place: int) -> Iterator[_Take]:
         """A value that the part reads a slice of, made inside it."""
@@ -220,15 +217,7 @@ class Border:
     def _taken(self, take: _Take) -> Region | None:
         places, reads = dict(self.places), dict(self.reads)
         node, flow = take.node, take.flow
-        reads[node], places[node] = flow.inputs, flow.outputs[0]
-        taken = [node]
-        if isinstance(node.meta["val"], (list, tuple)):
-            for user in node.users:
-                number = user.args[1]
-                assert isinstance(number, int)
-                places[user] = flow.outputs[number]
-                reads[user] = tuple(places[node] for _ in tensor_args(user))
-                taken.append(user)
+        taken = note(node, flow, places, reads)
         made = self.made | set(taken) if take.runs_again else self.made
         again = self._still_outside(places, made)
         new = assemble(self.step, self.now.seed, self.now.dim, places, reads, again)

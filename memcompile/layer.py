@@ -10,11 +10,20 @@ import operator
 from torch import fx
 
 from memcompile.analysis.flow import Rules
-from memcompile.analysis.ops import classify, is_random, runs_twice
+from memcompile.analysis.ops import classify, is_random
 from memcompile.analysis.rules import Flow, Place, tensor_args
 from memcompile.analysis.timeline import Kind
-from memcompile.region import LARGEST, Region, assemble
-from memcompile.step import Step, hint, is_view, must_save, tensors
+from memcompile.region import (
+    LARGEST,
+    Region,
+    assemble,
+    elements,
+    lying_between,
+    may_run_again,
+    note,
+    seen_from,
+)
+from memcompile.step import Step, is_view
 
 #: A value is of the seed's order from this share of its elements on.
 LARGE = 0.5
@@ -33,7 +42,7 @@ class Layer:
     def __init__(self, step: Step, seed: fx.Node, rules: Rules, stops: frozenset[fx.Node]) -> None:
         self.step, self.seed, self.rules, self.stops = step, seed, rules, stops
         self.early, self.late_side = step.sides.early, step.sides.late
-        self.least = LARGE * sum(hint(t.numel()) for t in tensors(step.roots[seed]))
+        self.least = LARGE * elements(step.roots[seed])
         self.places: dict[fx.Node, Place] = {}
         self.reads: dict[fx.Node, tuple[Place, ...]] = {}
         self.whole: set[fx.Node] = set()  #: early ones that what is read whole is made of
@@ -82,8 +91,7 @@ class Layer:
 
     def _is_large(self, node: fx.Node) -> bool:
         root = self.step.roots[node]
-        size = sum(hint(t.numel()) for t in tensors(root))
-        return root.op == "call_function" and size >= self.least
+        return root.op == "call_function" and elements(root) >= self.least
 
     def _stops(self, node: fx.Node) -> bool:
         return node.op != "call_function" or self.step.roots[node] in self.stops
@@ -107,14 +115,7 @@ class Layer:
     def _hull(self) -> set[fx.Node]:
         """Late nodes between two that read the interior."""
         ends = {u for n in self.inner if not self._stops(n) for u in n.users if u in self.late_side}
-        after, before = set(ends), set(ends)
-        for node in self.step.nodes:
-            if node in self.late_side and any(a in after for a in node.all_input_nodes):
-                after.add(node)
-        for node in reversed(self.step.nodes):
-            if node in self.late_side and any(u in before for u in node.users):
-                before.add(node)
-        return after & before
+        return ends | lying_between(self.step, self.late_side, ends)
 
     def _is_near(self, node: fx.Node) -> bool:
         """Whether a node belongs to the layer, if it can be sliced."""
@@ -147,7 +148,7 @@ class Layer:
         flow = self.rules.giving(self.step.numbered(target), output, place)
         if flow is None or not self._agrees(target, flow):
             return False
-        self._take(target, flow.inputs, flow.outputs)
+        self._take(target, flow)
         self.made.add(target)
         return self.places.get(node) == place
 
@@ -184,7 +185,7 @@ class Layer:
             return
         if is_random(node) or node.is_impure():
             return
-        places = [self._seen(node, a) for a in tensor_args(node)]
+        places = [seen_from(self.step, self.places, node, a) for a in tensor_args(node)]
         if any(isinstance(p, str) for p in places):
             return
         flow = self.rules.given(self.step.numbered(node), places)
@@ -196,22 +197,14 @@ class Layer:
             if new and isinstance(place, int) and not self._is_made_of_stops(argument, place):
                 return
         if self._agrees(node, flow):
-            self._take(node, flow.inputs, flow.outputs)
-
-    def _seen(self, reader: fx.Node, node: fx.Node) -> Place:
-        """Where a value is for its reader: a sum of the forward's loop is whole to the backward."""
-        place = self.places.get(node)
-        return (
-            None
-            if isinstance(place, str) and node in self.early and reader in self.late_side
-            else place
-        )
+            self._take(node, flow)
 
     def _agrees(self, node: fx.Node, flow: Flow) -> bool:
         """Whether what is taken in is read as it is there, by the node and of it."""
-        pairs = zip(tensor_args(node), flow.inputs, strict=True)
-        if any(a in self.places and self._seen(node, a) != place for a, place in pairs):
-            return False
+        for argument, place in zip(tensor_args(node), flow.inputs, strict=True):
+            seen = seen_from(self.step, self.places, node, argument)
+            if argument in self.places and seen != place:
+                return False
         if isinstance(node.meta["val"], (list, tuple)):
             given = [(user, flow.outputs[user.args[1]]) for user in node.users]
         else:
@@ -223,16 +216,9 @@ class Layer:
                     return False
         return True
 
-    def _take(self, node: fx.Node, inputs: tuple[Place, ...], outputs: tuple[Place, ...]) -> None:
-        self.reads[node] = inputs
-        self.places[node] = outputs[0]
-        if isinstance(node.meta["val"], (list, tuple)):
-            for user in node.users:
-                number = user.args[1]
-                assert isinstance(number, int)
-                self.places[user] = outputs[number]
-                self.reads[user] = tuple(self.places[node] for _ in tensor_args(user))
-        for argument, place in zip(tensor_args(node), inputs, strict=True):
+    def _take(self, node: fx.Node, flow: Flow) -> None:
+        note(node, flow, self.places, self.reads)
+        for argument, place in zip(tensor_args(node), flow.inputs, strict=True):
             self.given.add(self.step.roots[argument])
             if place is None and argument in self.early and self._is_large(argument):
                 self._need_whole(argument)
@@ -249,16 +235,9 @@ class Layer:
         """Take in what lies between two nodes of the region, where it can be."""
         for side in (self.early, self.late_side):
             inside = {n for n in self.places if n in side}
-            after: set[fx.Node] = set()
+            between = lying_between(self.step, side, inside)
             for node in self.step.nodes:
-                if node in side and any(a in inside or a in after for a in node.all_input_nodes):
-                    after.add(node)
-            before: set[fx.Node] = set()
-            for node in reversed(self.step.nodes):
-                if node in side and any(u in inside or u in before for u in node.users):
-                    before.add(node)
-            for node in self.step.nodes:
-                if node in after and node in before and self._is_near(node):
+                if node in between and self._is_near(node):
                     self._read(node)
 
     # -- what cannot be inside --------------------------------------------------------------
@@ -293,7 +272,7 @@ class Layer:
                 above.extend(node.all_input_nodes)
         self.again = {n for n in seen if n in self.places}
         self._repeat_cheap()
-        return all(self._may_run_again(n) for n in self.again)
+        return all(may_run_again(self.step, n) for n in self.again)
 
     def _drop(self, node: fx.Node) -> None:
         self.places.pop(node, None)
@@ -304,7 +283,7 @@ class Layer:
         able: set[fx.Node] = set(self.again)
         early = [n for n in self.step.nodes if n in self.places and n in self.early]
         for node in early:
-            cheap = classify(node) < Kind.EXTERN and self._may_run_again(node)
+            cheap = classify(node) < Kind.EXTERN and may_run_again(self.step, node)
             if cheap and all(a in able for a in node.all_input_nodes if a in self.places):
                 able.add(node)
         for node in reversed(early):
@@ -325,10 +304,3 @@ class Layer:
         if node.target is operator.getitem and node.args[0] not in self.places:
             return True
         return any(a in self.waiting or isinstance(self.places.get(a), str) for a in late)
-
-    def _may_run_again(self, node: fx.Node) -> bool:
-        source = node.args[0] if node.target is operator.getitem else node
-        assert isinstance(source, fx.Node)
-        if must_save(node) or is_random(source) or self.step.reads_overwritten(source):
-            return False
-        return runs_twice(source)

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from memcompile import _torch
-from memcompile._torch.symbols import is_known, like, simplified
+from memcompile._torch.symbols import is_known, like, simplified, whole_quotient
 
 #: Small, since rules cut a length into as many parts; no size of the step is a multiple of one.
 FROM = 11
@@ -52,7 +52,7 @@ def ratio(size: Any, length: Any) -> Any:
     """
     if isinstance(size, int) and isinstance(length, int):
         return size // length if size % length == 0 else None
-    quotient = _quotient(_expression(size), _expression(length))
+    quotient = _quotient(size_expr(size), size_expr(length))
     if quotient is None or quotient.is_Integer:
         return quotient if quotient is None else int(quotient)
     return like(size, quotient)
@@ -60,13 +60,11 @@ def ratio(size: Any, length: Any) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def _quotient(size: sympy.Expr, length: sympy.Expr) -> sympy.Expr | None:
-    quotient = sympy.cancel(simplified(size) / simplified(length))
-    symbols = quotient.free_symbols
-    whole = quotient.is_Integer or (symbols and quotient.is_polynomial(*symbols))
-    return quotient if whole and sympy.denom(quotient) == 1 else None
+    return whole_quotient(simplified(size), simplified(length))
 
 
-def _expression(size: Any) -> sympy.Expr:
+def size_expr(size: Any) -> sympy.Expr:
+    """A size as a sympy expression (an ``Integer`` when it is not symbolic)."""
     return sympy.Integer(size) if isinstance(size, int) else _torch.size_expr(size)
 
 
@@ -79,7 +77,7 @@ def _primes_for(nodes: Iterable[fx.Node]) -> dict[sympy.Symbol, int]:
             if isinstance(size, int):
                 taken.add(size or 1)
             else:
-                found = filter(is_known, _expression(size).free_symbols)
+                found = filter(is_known, size_expr(size).free_symbols)
                 symbols.update(dict.fromkeys(sorted(found, key=str)))
     primes: dict[sympy.Symbol, int] = {}
     prime = FROM

@@ -30,8 +30,9 @@ from memcompile.body import (
     given,
     trips,
 )
+from memcompile.lengths import size_expr
 from memcompile.region import Part, Region
-from memcompile.step import Step, hint, must_save, size_expr
+from memcompile.step import Step, hint, must_save
 from memcompile.trip import cost
 
 aten = torch.ops.aten

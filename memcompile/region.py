@@ -16,9 +16,10 @@ import torch
 from torch import fx
 
 from memcompile.analysis.flow import Rules, rules_for
-from memcompile.analysis.rules import Place, tensor_args
+from memcompile.analysis.ops import is_random, runs_twice
+from memcompile.analysis.rules import Flow, Place, tensor_args
 from memcompile.lengths import ratio
-from memcompile.step import Step, hint, is_view, tensors, view_base
+from memcompile.step import Step, hint, is_view, must_save, tensors, view_base
 
 #: A value is of the seed's order from this share of its elements on: the first that gives a region.
 LARGE = (0.5, 0.75)
@@ -69,6 +70,61 @@ def find(step: Step, seed: fx.Node, dim: int) -> Region | None:
     return None
 
 
+# -- what growing in any manner takes ----------------------------------------------------------
+
+
+def note(
+    node: fx.Node,
+    flow: Flow,
+    places: dict[fx.Node, Place],
+    reads: dict[fx.Node, tuple[Place, ...]],
+) -> list[fx.Node]:
+    """Note how a node that is taken in runs; the node, and the items of what it gives."""
+    reads[node], places[node] = flow.inputs, flow.outputs[0]
+    taken = [node]
+    if isinstance(node.meta["val"], (list, tuple)):
+        for user in node.users:
+            number = user.args[1]
+            assert isinstance(number, int)
+            places[user] = flow.outputs[number]
+            reads[user] = tuple(places[node] for _ in tensor_args(user))
+            taken.append(user)
+    return taken
+
+
+def seen_from(step: Step, places: dict[fx.Node, Place], reader: fx.Node, node: fx.Node) -> Place:
+    """Where a value is for its reader: a sum of the forward's loop is whole to the backward."""
+    place, (early, late) = places.get(node), (step.sides.early, step.sides.late)
+    return None if isinstance(place, str) and node in early and reader in late else place
+
+
+def lying_between(step: Step, side: Collection[fx.Node], ends: set[fx.Node]) -> set[fx.Node]:
+    """Nodes of a side that one of ``ends`` leads to and that lead to one, but for the ends."""
+    after: set[fx.Node] = set()
+    outside = [node for node in step.nodes if node in side and node not in ends]
+    for node in outside:
+        if any(a in ends or a in after for a in node.all_input_nodes):
+            after.add(node)
+    before: set[fx.Node] = set()
+    for node in reversed(outside):
+        if any(u in ends or u in before for u in node.users):
+            before.add(node)
+    return after & before
+
+
+def may_run_again(step: Step, node: fx.Node) -> bool:
+    """Whether a value may be made in a loop and outside it."""
+    source = node.args[0] if node.target is operator.getitem else node
+    assert isinstance(source, fx.Node)
+    fixed = must_save(node) or is_random(source) or step.reads_overwritten(source)
+    return runs_twice(source) and not fixed
+
+
+def elements(node: fx.Node) -> int:
+    """How many numbers a node's tensors hold, at hinted sizes."""
+    return sum(hint(t.numel()) for t in tensors(node))
+
+
 def _needed(nodes: list[fx.Node], outputs: list[fx.Node]) -> list[fx.Node]:
     """Those of ``nodes`` that the outputs are computed from."""
     inside, needed = set(nodes), set()
@@ -81,14 +137,10 @@ def _needed(nodes: list[fx.Node], outputs: list[fx.Node]) -> list[fx.Node]:
     return [n for n in nodes if n in needed]
 
 
-def _elements(node: fx.Node) -> int:
-    return sum(hint(t.numel()) for t in tensors(node))
-
-
 class _Growth:
     def __init__(self, step: Step, seed: fx.Node, dim: int, rules: Rules, large: float) -> None:
         self.step, self.seed, self.dim, self.rules = step, seed, dim, rules
-        self.least = large * _elements(step.roots[seed])
+        self.least = large * elements(step.roots[seed])
         self.places: dict[fx.Node, Place] = {}
         self.reads: dict[fx.Node, tuple[Place, ...]] = {}
 
@@ -116,7 +168,7 @@ class _Growth:
         """What makes the node's large operands and what reads its large result belong too."""
         for argument, place in zip(tensor_args(node), self.reads[node], strict=True):
             if argument in self.places:
-                if place != self._seen_from(node, argument):
+                if place != seen_from(self.step, self.places, node, argument):
                     return False
             elif self._belongs(argument) and isinstance(place, int):
                 if not self._make(argument, place):
@@ -130,15 +182,9 @@ class _Growth:
             return False
         return all(u.op == "output" or u in self.places or self._read(u) for u in node.users)
 
-    def _seen_from(self, reader: fx.Node, node: fx.Node) -> Place:
-        """Where a value is for its reader: a sum of the forward's loop is whole to the backward."""
-        place = self.places.get(node)
-        early, late = self.step.sides.early, self.step.sides.late
-        return None if isinstance(place, str) and node in early and reader in late else place
-
     def _is_large(self, node: fx.Node) -> bool:
         root = self.step.roots[node]
-        return root.op == "call_function" and _elements(root) >= self.least
+        return root.op == "call_function" and elements(root) >= self.least
 
     def _belongs(self, node: fx.Node) -> bool:
         """Values of the seed's order, and views that only look like it."""
@@ -157,49 +203,27 @@ class _Growth:
         flow = self.rules.giving(self.step.numbered(target), output, place)
         if flow is None:
             return not self._is_large(node) and is_view(node)
-        self._take(target, flow.inputs, flow.outputs)
+        note(target, flow, self.places, self.reads)
         return self.places.get(node) == place
 
     def _read(self, node: fx.Node) -> bool:
         """Take in a node by how its operands are sliced."""
         if node.target is operator.getitem:
             return node in self.places
-        places = [self._seen_from(node, a) for a in tensor_args(node)]
+        places = [seen_from(self.step, self.places, node, a) for a in tensor_args(node)]
         if any(isinstance(p, str) for p in places):
             return False
         flow = self.rules.given(self.step.numbered(node), places)
         if flow is None:
             return False
-        self._take(node, flow.inputs, flow.outputs)
+        note(node, flow, self.places, self.reads)
         return True
-
-    def _take(self, node: fx.Node, inputs: tuple[Place, ...], outputs: tuple[Place, ...]) -> None:
-        self.reads[node] = inputs
-        self.places[node] = outputs[0]
-        if isinstance(node.meta["val"], (list, tuple)):
-            for user in node.users:
-                number = user.args[1]
-                assert isinstance(number, int)
-                self.places[user] = outputs[number]
-                self.reads[user] = tuple(self.places[node] for _ in tensor_args(user))
 
     def _close(self) -> bool:
         """Take in what lies between two nodes of the region, so that it can run as one."""
         for side in (self.step.sides.early, self.step.sides.late):
             inside = {n for n in self.places if n in side}
-            after: set[fx.Node] = set()
-            for node in self.step.nodes:
-                if node not in side or node in inside:
-                    continue
-                if any(a in inside or a in after for a in node.all_input_nodes):
-                    after.add(node)
-            before: set[fx.Node] = set()
-            for node in reversed(self.step.nodes):
-                if node not in side or node in inside:
-                    continue
-                if any(u in inside or u in before for u in node.users):
-                    before.add(node)
-            between = after & before
+            between = lying_between(self.step, side, inside)
             if len(between) > LARGEST:
                 return False
             for node in self.step.nodes:

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from memcompile import _torch
-from memcompile.lengths import with_numbers
+from memcompile.lengths import size_expr, with_numbers
 
 
 def tensors(node: fx.Node) -> list[torch.Tensor]:
@@ -36,11 +36,6 @@ def tensors(node: fx.Node) -> list[torch.Tensor]:
 def hint(size: Any) -> int:
     """The integer a size has in this trace: itself, or a symbolic size's hint."""
     return int(size) if isinstance(size, int) else _torch.size_hint(size)
-
-
-def size_expr(size: Any) -> sympy.Expr:
-    """A size as a sympy expression (an ``Integer`` when it is not symbolic)."""
-    return sympy.Integer(size) if isinstance(size, int) else _torch.size_expr(size)
 
 
 def tensor_size(tensor: torch.Tensor) -> Any:

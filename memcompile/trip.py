@@ -12,8 +12,9 @@ from memcompile.analysis import ops as op_kinds
 from memcompile.analysis.cost import Rates, node_seconds
 from memcompile.analysis.timeline import Kind, Op, simulate
 from memcompile.body import Trips, adds_in_place, given
+from memcompile.lengths import size_expr
 from memcompile.region import Part, Region
-from memcompile.step import Step, hint, size_expr
+from memcompile.step import Step, hint
 from memcompile.symbolic import bound
 
 #: Seconds to call the body once, beside its kernels.

@@ -1,6 +1,6 @@
 """Private torch that symbolic sizes need: what is asked of them, and their expressions as nodes.
 
-Checked by running on torch 2.13.0.
+Checked by running on torch 2.13.0 and 2.11.0.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ __all__ = [
     "sympy_interp",
     "uncached",
     "unguarded",
+    "whole_quotient",
 ]
 
 
@@ -63,13 +64,19 @@ def _value(node: fx.Node) -> Any:
     return node.meta["val"]
 
 
+def whole_quotient(whole: sympy.Expr, part: sympy.Expr) -> sympy.Expr | None:
+    """``whole / part`` where it leaves nothing at any length, else ``None``."""
+    quotient = sympy.cancel(whole / part)
+    even = quotient.is_polynomial(*quotient.free_symbols) and sympy.denom(quotient) == 1
+    return quotient if even else None
+
+
 def simplified(expression: sympy.Expr) -> sympy.Expr:
     """With plain quotients where a division leaves nothing: ``s * s // s`` is ``s``."""
 
     def divided(whole: sympy.Expr, part: sympy.Expr) -> sympy.Expr:
-        quotient = sympy.cancel(whole / part)
-        even = quotient.is_polynomial(*quotient.free_symbols) and sympy.denom(quotient) == 1
-        return quotient if even else FloorDiv(whole, part)
+        quotient = whole_quotient(whole, part)
+        return FloorDiv(whole, part) if quotient is None else quotient
 
     return expression.replace(FloorDiv, divided)
 
