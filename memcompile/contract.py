@@ -33,6 +33,7 @@ class Context:
     strict: bool = False
     budget: int | None = None  #: total bytes, or None
     device: str = "cpu"
+    exact: frozenset[str] = frozenset()  #: names of nodes whose numbers no pass may change
     remarks: list[str] = dataclasses.field(default_factory=list, compare=False, repr=False)
 
     def remark(self, text: str) -> None:
