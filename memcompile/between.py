@@ -59,7 +59,7 @@ def find(
         if grown is None:
             return None
     found = grown.region()
-    if found is None or found.late is None or seed in found.again:
+    if found is None or seed in found.again or (found.late is None and step.sides.late):
         return None
     if _reads_itself(step, found):
         return None

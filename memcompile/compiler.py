@@ -24,7 +24,8 @@ from memcompile.draft import Draft
 from memcompile.errors import PassError
 from memcompile.explain import Explained, explain, number_loops
 from memcompile.garbage import uncollected
-from memcompile.ladder import Ladder
+from memcompile.joint import prepare, reads_stale, redraws
+from memcompile.ladder import Ladder, fits_surely, merged
 from memcompile.looping import unseeded, with_loops
 from memcompile.lowering import Lowering
 from memcompile.options import Budget, Options
@@ -33,10 +34,13 @@ from memcompile.plan import Drafted, Plan
 from memcompile.planner import Planner
 from memcompile.refusal import refuse
 from memcompile.report import LoopRow
-from memcompile.search import Search, Tried, fits_surely
+from memcompile.search import Search, Tried
 from memcompile.split import Split, inductor_split, split
 from memcompile.step import Step, must_recompute, must_save, source_line
 from memcompile.symbolic import peak_expressions
+
+#: Of the drafts that a step may cost, one in so many for each search for loops.
+SHARE = 2
 
 
 @dataclasses.dataclass
@@ -79,7 +83,7 @@ class Compiler:
             sizes_from_inputs(module.graph)
         step = Step(module, num_outputs, static)
         own, saved = inductor_split(step)
-        recut = _redraws(step.module) or _reads_stale(step, own)
+        recut = redraws(step.module) or reads_stale(step, own)
         proposals, loops = _sorted(self.pipeline.offers(step))
         planner = self.planner = self._planner(step, own, saved, proposals)
         ground = planner.ground_draft
@@ -139,12 +143,16 @@ class Compiler:
         """The planner's ladder, and the rungs of the step with loops merged in."""
         plain = planner.ladder
         self._note(unseeded(loops))
-        room = self._room(planner, budget)
-        found = with_loops(planner, plain.floor.plan, loops, self._anew, self._loop_failed, room)
-        self.looped = {looped.draft.step: rows for looped, rows in found}
-        for looped, _ in found:
-            looped.limit //= len(found)
-        return _merged(plain, *(looped.build() for looped, _ in found))
+        room, self.looped, ladder = self._room(planner, budget), {}, plain
+        for looped, rows in with_loops(
+            planner, plain.floor.plan, loops, self._anew, self._loop_failed, room
+        ):
+            self.looped[looped.draft.step] = rows
+            looped.limit //= SHARE
+            ladder = merged(ladder, looped.build())
+            if fits_surely(ladder, planner.draft.before, budget, self.held):
+                break
+        return ladder
 
     def _room(self, planner: Planner, budget: int | None) -> int | None:
         """Bytes that a budget leaves to what the step makes."""
@@ -176,19 +184,20 @@ class Compiler:
         proposals, loops = _sorted(self.pipeline.offers(step, again=True))
         again = {n.name for n in planner.draft.again}
         offered = frozenset(p.value for p in proposals if p.rebuild is None)
-        draft = self._draft(step, offered | frozenset(n for n in step.nodes if n.name in again))
+        offered |= frozenset(n for n in step.nodes if n.name in again)
+        draft = self._draft(step, offered, planner.draft)
         kept = {n.name for n in planner.ground.kept}
         ground = Plan(frozenset(n for n in step.early_values() if n.name in kept))
         bound = frozenset(n for n in step.nodes if must_recompute(n))
         return Planner(draft, ground, proposals, bound), loops
 
-    def _draft(self, step: Step, again: frozenset[fx.Node]) -> Draft:
+    def _draft(self, step: Step, again: frozenset[fx.Node], like: Draft | None = None) -> Draft:
         """The step's draft, where the values of ``again`` may run twice."""
         # With one output of an op, the op: a tuple itself can never be kept.
         parents = {n.args[0] for n in again if n.target is operator.getitem}
         again |= frozenset(p for p in parents if isinstance(p, fx.Node))
         again -= {n for n in again if step.reads_overwritten(n)}
-        return Draft(step, calibrate(step.device), again, self.fused)
+        return Draft(step, calibrate(step.device), again, self.fused, like)
 
     def _lower_planned(self, step: Step, cut: Split, drafted: Drafted) -> tuple[int, int]:
         with prompt_kernels(HELD):
@@ -291,7 +300,7 @@ class Compiler:
             plain = ladder = planner.build()
             loops = _sorted(self.pipeline.offers(step, again=True))[1]
             if loops and not fits_surely(plain, step.input_bytes(), budget, self.held):
-                ladder = _merged(plain, self._whole_with_loops(step, loops, budget))
+                ladder = self._whole_with_loops(step, loops, budget, plain)
             step, floor = late, ladder.floor.peak
             first = dataclasses.replace(first, step=late, drafted=planner.ground_draft)
             chosen = self._search(late, ladder, first, budget, plain)
@@ -312,35 +321,29 @@ class Compiler:
         self._settle(step, chosen, budget)
         return chosen.split.forward, explained
 
-    def _whole_with_loops(self, step: Step, loops: list[Loop], budget: int | None) -> Ladder:
-        """The ladder of a graph without a split, with the loops that lower its peak."""
+    def _whole_with_loops(
+        self, step: Step, loops: list[Loop], budget: int | None, plain: Ladder
+    ) -> Ladder:
+        """Like :meth:`_with_loops`, of a graph without a split."""
         nothing = Plan(frozenset())
         base = Planner(self._draft(step, frozenset()), nothing, [])
         self._note(unseeded(loops))
-        self.looped, ladders = {}, []
-        room = self._room(base, budget)
+        self.looped, room, ladder = {}, self._room(base, budget), plain
         for looped, rows in with_loops(base, nothing, loops, self._anew, self._loop_failed, room):
             inner = looped.draft.step
             from_here = _late_from(inner, looped.drafted(nothing))
             late = Step(inner.module, inner.num_outputs, late_from=from_here)
             self.looped[late] = rows
             proposals, _ = _sorted(self.pipeline.offers(late, again=True))
-            ladders.append(self._whole_planner(late, proposals).build())
-        return _merged(*ladders)
+            ladder = merged(ladder, self._whole_planner(late, proposals).build())
+            if fits_surely(ladder, step.input_bytes(), budget, self.held):
+                break
+        return ladder
 
     def _whole_planner(self, step: Step, proposals: list[Proposal]) -> Planner:
         draft = self._draft(step, frozenset(p.value for p in proposals if p.rebuild is None))
         kept = frozenset(n for n in draft.needed_late if n.op == "call_function")
         return Planner(draft, Plan(kept), proposals)
-
-
-def _merged(*ladders: Ladder) -> Ladder:
-    """The rungs of all that none beats."""
-    merged = Ladder()
-    for ladder in ladders:
-        for rung in ladder.rungs:
-            merged.offer(rung)
-    return merged
 
 
 def _sorted(offers: list[Proposal | Loop]) -> tuple[list[Proposal], list[Loop]]:
@@ -363,37 +366,3 @@ def total_budget(options: Options, before: int, inductor: int) -> int | None:
     if limit.kind == "share":
         return before + int(limit.value * (inductor - before)) - options.reserve_bytes
     return None
-
-
-def prepare(module: fx.GraphModule) -> None:
-    """What torch's own partitioner does to a joint graph before it decides anything."""
-    module.graph.eliminate_dead_code()
-    if _torch.functorch_config.cse:
-        module.graph = _torch.fx_graph_cse(module.graph)
-    module.recompile()
-    if _torch.has_recomputable_ops(module):
-        _torch.cleanup_recompute_tags(module, is_default_partition=False)
-    _torch.force_save_collectives(module)
-    _torch.force_save_effectful_ops(module)
-    _torch.force_save_bw_mutation_src(module)
-
-
-def _redraws(module: fx.GraphModule) -> bool:
-    """Whether a checkpoint region holds random draws, which stock torch draws again."""
-    from memcompile.analysis.ops import is_random
-
-    return any(is_random(n) and _tagged(n) for n in module.graph.nodes)
-
-
-def _reads_stale(step: Step, own: Split) -> bool:
-    """Whether Inductor's own backward reads an input that its forward has written to."""
-    assert own.backward is not None
-    names = {node.name for node in step.overwritten}
-    return any(n.name in names for n in own.backward.graph.find_nodes(op="placeholder"))
-
-
-def _tagged(node: fx.Node) -> bool:
-    return node.meta.get("recompute") in (
-        _torch.CheckpointPolicy.MUST_RECOMPUTE,
-        _torch.CheckpointPolicy.PREFER_RECOMPUTE,
-    )

@@ -14,7 +14,7 @@ from torch import fx
 from memcompile.analysis.cost import Rates
 from memcompile.analysis.timeline import Kind, Op, simulate
 from memcompile.contract import Proposal, Rebuild
-from memcompile.info import Info, read_fragment, read_node
+from memcompile.info import Info, read_fragment, read_step
 from memcompile.order import late_order
 from memcompile.plan import Drafted, Late, Plan
 from memcompile.step import Step, is_view, tensors
@@ -28,6 +28,7 @@ class Draft:
         rates: what the device can do.
         again: early values that may run twice; any other one a late reader needs is kept.
         fused: whether the lowering fuses (Inductor does, eager does not).
+        like: the draft of a step that this one was copied from, at the same rates.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Draft:
         rates: Rates,
         again: frozenset[fx.Node] | None = None,
         fused: bool = True,
+        like: Draft | None = None,
     ) -> None:
         self.step = step
         self.rates = rates
@@ -44,13 +46,13 @@ class Draft:
         self.again = step.sides.early if again is None else again
         self.before = step.input_bytes()
         roots = step.roots
-        self.info = {
-            node: read_node(step, node, rates, fused) for node in step.nodes if node.op != "output"
-        }
+        self.info: dict[fx.Node, Info] = read_step(
+            step, rates, fused, like.info if like is not None else None
+        )
         self.outputs = [roots[node] for node in step.node_outputs()]
         self.gradients = [roots[node] for node in step.gradient_nodes()]
         self._late_order = late_order(step, self.info, self.gradients)
-        self._forward_always = self._closure(self.outputs + self._pinned_effects())
+        self.forward_always = self._closure(self.outputs + self._pinned_effects())
         self._returned = sum(
             self.info[r].bytes
             for r in set(self.outputs)
@@ -93,7 +95,7 @@ class Draft:
             if node.op != "placeholder" and node not in step.sides.early:
                 continue
             own = step.order[node]
-            if node in self._forward_always or node.op != "call_function":
+            if node in self.forward_always or node.op != "call_function":
                 place[node] = (own, own)
             else:
                 inputs = [place[a][0] for a in node.all_input_nodes if a in place]
@@ -125,8 +127,8 @@ class Draft:
     def _draft_forward(self, plan: Plan, saved: list[fx.Node], stored: list[fx.Node]) -> list[Op]:
         info = self.info
         encoded = [v for v, p in plan.rebuilt.items() if p.rebuild and p.rebuild.encode]
-        extra = [n for n in (*saved, *encoded) if n not in self._forward_always]
-        needed = self._forward_always | self._closure(extra) if extra else self._forward_always
+        extra = [n for n in (*saved, *encoded) if n not in self.forward_always]
+        needed = self.forward_always | self._closure(extra) if extra else self.forward_always
         keep = {*saved, *self.outputs}
         stored_set = set(stored)
         place: dict[fx.Node, int] = {}

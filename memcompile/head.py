@@ -283,7 +283,7 @@ class _Writer:
                 self.early[node] = one
             elif node in self.linear:
                 self.early[node] = self._copy_early(node)
-        module = fx.GraphModule(self.step.module, self.graph)
+        module = _torch.LazyGraphModule(self.step.module, self.graph)
         module.meta.update(self.step.module.meta)
         module.graph.eliminate_dead_code()
         module.recompile()

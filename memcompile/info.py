@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Mapping
 
 from torch import fx
 
@@ -39,6 +40,51 @@ class Info:
             moved=tuple([inputs[k] for k in self.moved]) if self.moved else (),
             breaks=self.breaks,
         )  # fmt: skip
+
+
+def read_step(
+    step: Step, rates: Rates, fused: bool, like: Mapping[fx.Node, Info] | None = None
+) -> dict[fx.Node, Info]:
+    """What a step's nodes are to its draft, but for the output.
+
+    Args:
+        step: the step.
+        rates: what the device can do.
+        fused: whether the lowering fuses.
+        like: of a step that this one was copied from, at the same rates: what was read there of
+            a node whose inputs were copied, too, holds here.
+    """
+    nodes = [node for node in step.nodes if node.op != "output"]
+    named = {node.name: node for node in like or ()}
+    copies = {n: o for n in nodes if (o := named.get(n.name)) is not None and _is_copy(n, o)}
+    copied = {old: node for node, old in copies.items()}
+    found: dict[fx.Node, Info] = {}
+    taken: set[fx.Node] = set()
+    for node in nodes:
+        old = copies.get(node)
+        known = like[old] if like is not None and old is not None else None
+        if known is not None and old is not None:
+            inputs = _roots(step, node)
+            several = known.kind == Kind.PART and node.args[0] in taken
+            mapped = tuple(copied.get(i) for i in known.inputs)
+            same = [copied.get(a) for a in old.all_input_nodes] == node.all_input_nodes
+            if same and (mapped[: len(inputs)] if several else mapped) == inputs:
+                found[node] = dataclasses.replace(known, inputs=mapped)
+                taken.add(node)
+                continue
+        found[node] = read_node(step, node, rates, fused)
+    return found
+
+
+def _is_copy(node: fx.Node, old: fx.Node) -> bool:
+    """Whether a node was copied from the other: their values are one object."""
+    value = node.meta.get("val")
+    return value is not None and value is old.meta.get("val") and node.target == old.target
+
+
+def _roots(step: Step, node: fx.Node) -> tuple[fx.Node, ...]:
+    """What a node reads, each storage once."""
+    return tuple(dict.fromkeys(step.roots[a] for a in node.all_input_nodes if tensors(a)))
 
 
 def read_node(step: Step, node: fx.Node, rates: Rates, fused: bool) -> Info:

@@ -8,6 +8,9 @@ from typing import Any
 
 from memcompile.plan import Plan
 
+#: A rung drafted within this share of the room fits, whatever the draft leaves out.
+SURE = 0.9
+
 
 @dataclasses.dataclass(frozen=True)
 class Rung:
@@ -49,3 +52,19 @@ class Ladder:
     def floor(self) -> Rung:
         """The rung of the least peak."""
         return self.rungs[0]
+
+
+def merged(*ladders: Ladder) -> Ladder:
+    """The rungs of all that none beats."""
+    found = Ladder()
+    for ladder in ladders:
+        for rung in ladder.rungs:
+            found.offer(rung)
+    return found
+
+
+def fits_surely(ladder: Ladder, inputs: int, budget: int | None, held: int) -> bool:
+    """Whether some rung is drafted well within ``budget`` total bytes; never for ``None``."""
+    if budget is None:
+        return False
+    return ladder.fit(inputs + int(SURE * (budget - inputs - held))) is not None

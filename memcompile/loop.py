@@ -106,7 +106,7 @@ class Looped:
         for name in self.bodies:
             setattr(self.step.module, name, torch.nn.Module())
         self.graph.eliminate_dead_code()
-        module = fx.GraphModule(self.step.module, self.graph)
+        module = _torch.LazyGraphModule(self.step.module, self.graph)
         module.meta.update(self.step.module.meta)
         return module
 

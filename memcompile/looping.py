@@ -10,23 +10,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from torch import fx
 
+from memcompile.alike import families
 from memcompile.analysis.ops import classify, is_random, op_name
-from memcompile.analysis.timeline import simulate
-from memcompile.body import trips
 from memcompile.contract import Loop
+from memcompile.cuts import narrow_cuts
 from memcompile.head import Form, forms
 from memcompile.info import Info
-from memcompile.loop import Looped
-from memcompile.plan import Drafted, Plan
+from memcompile.ladder import SURE
+from memcompile.plan import Plan
 from memcompile.planner import Planner
 from memcompile.report import LoopRow
+from memcompile.state import Anew, State, looped, recounted
 from memcompile.step import source_line
-from memcompile.trip import LoopCost, cost
 
 #: Rounds, and values looked at in each.
 ROUNDS, WIDEST = 24, 4
@@ -37,6 +37,8 @@ ENOUGH = 0.95
 WORTH = 0.004
 #: How many high moments of the step are looked at for the floor's sake.
 HIGHEST = 4
+#: How much of what chunk counts differ by may be given up for fewer of them.
+EASED = 0.01
 #: How high one moment may stand on the way, as a share of the peak, for others to come down.
 RISE = 1.1
 
@@ -46,55 +48,26 @@ class _Aim:
     """What loops are chosen for: what is above ``share`` of the peak is to be lowered.
 
     Of what leaves about as little as any, the quickest is taken. About: more by at most
-    ``near`` of what is gained or, with ``spread``, of how far the choices lie apart.
+    ``near`` of what is gained.
     """
 
     share: float
     near: float
-    spread: bool = False
 
 
-#: As few chunks as will do; as many as make much of a difference; whatever leaves least.
-SHALLOW, DEEPER, DEEPEST = (
-    _Aim(0.75, 0.05),
-    _Aim(0.25, 0.33, spread=True),
-    _Aim(0.1, 0.0),
-)
-
-
-@dataclasses.dataclass
-class _State:
-    planner: Planner
-    loops: list[Loop]
-    drafted: Drafted
-    rows: tuple[LoopRow, ...]
-    last: tuple[Loop, Looped] | None = None  #: the move that made it, and how
-    write: Callable[[], _State | None] | None = None  #: set where only its draft is known
-
-    def real(self) -> _State | None:
-        """The state itself; ``None`` where it cannot be written."""
-        return self if self.write is None else self.write()
-
-    @property
-    def peak(self) -> int:
-        return self.drafted.peak
-
-    @property
-    def shape(self) -> tuple[tuple[str, int, int, int], ...]:
-        """What its loops are over; states of one shape are the same."""
-        return tuple((row.value, row.dim, row.chunks, row.nodes) for row in self.rows)
+#: As few chunks as will do; whatever leaves least.
+SHALLOW, DEEPEST = _Aim(0.75, 0.05), _Aim(0.1, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Over:
-    """What a loop was put over."""
+    """What a loop was put over, and how."""
 
     value: str
     dim: int
+    form: int  #: which of the forms of its region
+    chunks: int
 
-
-#: A looped graph made into a step again: its planner, and the loops offered on it.
-Anew = Callable[[fx.GraphModule, Planner], tuple[Planner, list[Loop]]]
 
 #: Told of a loop that could not be written, and why.
 Failed = Callable[[Loop, Exception], None]
@@ -107,26 +80,40 @@ def with_loops(
     anew: Anew,
     failed: Failed,
     room: int | None = None,
-) -> list[tuple[Planner, tuple[LoopRow, ...]]]:
+) -> Iterator[tuple[Planner, tuple[LoopRow, ...]]]:
     """The step with the loops that lower its peak under ``plan``, as few chunks as will do.
 
-    The same loops made to go lower come after it, where that differs: with chunks as many as
-    make much of a difference, and with whatever leaves the least: below ``room`` (bytes above
-    the inputs) where that is little. Nothing where no loop helps.
+    What goes lower comes after it, where that differs: the quickest loops that leave less than
+    ``room`` (bytes above the inputs), and whatever leaves the least. With no room to fit into,
+    only that. Nothing where no loop helps.
     """
-    search = _Search(_State(planner, loops, planner.drafted(plan), ()), anew, failed)
-    state, taken = search.rounds(SHALLOW)
-    deeper = search.replayed(taken, DEEPER)
-    deepest, _ = search.rounds(_deep_enough(search.start, room))
-    states = {each.shape: each for each in (state, deeper, deepest)}
-    return [(s.planner, s.rows) for s in states.values() if s.rows]
+    search = _Search(State(planner, loops, planner.drafted(plan), ()), anew, failed)
+    given: set[object] = set()
+    for state in search.ever_lower(room):
+        if state.rows and state.shape not in given:
+            given.add(state.shape)
+            yield state.planner, state.rows
 
 
-def _deep_enough(start: _State, room: int | None) -> _Aim:
+def _fitting(start: State, room: int) -> _Aim:
+    """The quickest loops below the room there is."""
+    return _Aim(min(SHALLOW.share, SURE * room / _span(start)), SHALLOW.near)
+
+
+def _deep_enough(start: State, room: int | None) -> _Aim:
     """What leaves the least, well below the room there is where that is less still."""
-    span = max(1, start.peak - start.planner.draft.before)
-    share = DEEPEST.share if room is None else max(0.0, 0.8 * room / span)
+    share = DEEPEST.share if room is None else max(0.0, 0.8 * room / _span(start))
     return dataclasses.replace(DEEPEST, share=min(DEEPEST.share, share))
+
+
+def _floor(state: State) -> int:
+    """The least peak of a state that has been planned, else its own."""
+    rungs = state.planner.ladder.rungs
+    return rungs[0].peak if rungs else state.peak
+
+
+def _span(start: State) -> int:
+    return max(1, start.peak - start.planner.draft.before)
 
 
 def unseeded(loops: list[Loop]) -> str | None:
@@ -147,14 +134,44 @@ def unseeded(loops: list[Loop]) -> str | None:
 class _Search:
     """Looks for loops from one state on; what was tried once is not tried again."""
 
-    def __init__(self, start: _State, anew: Anew, failed: Failed) -> None:
+    def __init__(self, start: State, anew: Anew, failed: Failed) -> None:
         self.start, self.anew, self.failed = start, anew, failed
         self.known_forms: dict[Any, list[Form]] = {}
-        self.known: dict[Any, _State | None] = {}
+        self.known: dict[Any, State | None] = {}
         self.in_vain: set[tuple[str, float]] = set()  #: values over which no loop has helped
 
-    def rounds(self, aim: _Aim) -> tuple[_State, list[_Over]]:
-        """Loop after loop, until none helps."""
+    @functools.cached_property
+    def alike(self) -> dict[str, list[str]]:
+        """For each value that loops are offered over those in the same place of other blocks."""
+        draft = self.start.planner.draft
+        values = dict.fromkeys(loop.value for loop in self.start.loops)
+        found = families(draft.step, draft.info, (v for v in values if v in draft.info))
+        return {v.name: [o.name for o in same if o is not v] for v, same in found.items()}
+
+    def ever_lower(self, room: int | None) -> Iterator[State]:
+        """The start with the loops that help, one aim after the other; each costs a search."""
+        if room is not None:
+            yield self.rounds(SHALLOW)[0]
+            yield self.rounds(_fitting(self.start, room))[0]
+        deepest, taken = self.rounds(_deep_enough(self.start, room))
+        yield deepest
+        yield self.eased(taken, min(deepest.peak, _floor(deepest)))
+
+    def eased(self, taken: list[_Over], peak: int) -> State:
+        """The same loops with as few chunks as leave no more than ``peak`` bytes."""
+        state, share = self.start, (peak - self.start.planner.draft.before) / _span(self.start)
+        for over in taken:
+            same = [o for o in state.loops if (o.value.name, o.dim) == (over.value, over.dim)]
+            forms = self._forms(state, same[0])[over.form : over.form + 1] if same else []
+            tried = self._tried(state, forms, same, over.form)
+            if tried:
+                lefts = [_excess(new, self.start, share) for new in tried]
+                about = EASED * (max(lefts) - min(lefts))
+                state = self._written(_quickest(tried, lefts, about)) or state
+        return state
+
+    def rounds(self, aim: _Aim) -> tuple[State, list[_Over]]:
+        """Loop after loop, until none helps; what helps in one block is done in all alike."""
         state, taken = self.start, []
         for _ in range(ROUNDS):
             found = self._round(state, aim)
@@ -162,64 +179,73 @@ class _Search:
                 break
             over, state = found
             taken.append(over)
+            for name in self.alike.get(over.value, ()):
+                twin = dataclasses.replace(over, value=name)
+                new = self._again(state, twin, aim)
+                if new is not None:
+                    state = new
+                    taken.append(twin)
         return state, taken
 
-    def replayed(self, taken: list[_Over], aim: _Aim) -> _State:
-        """The loops that were taken, chosen by another aim."""
-        state = self.start
-        for over in taken:
-            values = [n for n in state.planner.draft.step.nodes if n.name == over.value]
-            for loops in _by_dim(state.loops, values[0]) if values else []:
-                if loops[0].dim == over.dim:
-                    tried = self._tried(state, self._forms(state, loops[0]), loops)
-                    chosen = _chosen(state, self.start, aim, tried)
-                    state = self._written(chosen) or state
-        return state
+    def _again(self, state: State, over: _Over, aim: _Aim) -> State | None:
+        """The state with one more loop as given; ``None`` where there is none, or it is no help."""
+        for loop in state.loops:
+            if (loop.value.name, loop.dim, loop.chunks) == (over.value, over.dim, over.chunks):
+                found = self._forms(state, loop)[over.form : over.form + 1]
+                tried = [self._apply(state, form, over.form, loop) for form in found]
+                helped = [new for new in tried if new is not None]
+                return self._written(_chosen(state, state, aim, helped, self.start))
+        return None
 
-    def _round(self, state: _State, aim: _Aim) -> tuple[_Over, _State] | None:
+    def _round(self, state: State, aim: _Aim) -> tuple[_Over, State] | None:
         """The best loop over what is alive at the peak or, for the floor's sake, wherever helps."""
-        for value in _large_at_peak(state, 1 if aim.share > DEEPEST.share else HIGHEST):
+        last = aim.share <= DEEPEST.share  # the first form holds more than the others do
+        for value in _large_at_peak(state, HIGHEST if last else 1):
             if (value.name, aim.share) in self.in_vain:
                 continue
-            by_dim = [
-                (self._forms(state, loops[0]), loops) for loops in _by_dim(state.loops, value)
-            ]
-            last = aim.share <= DEEPEST.share  # the first form holds more than the others do
-            tried = [
-                (new, loops[0].dim)
-                for found, loops in by_dim
-                for new in self._tried(state, found, loops, first=int(last and len(found) > 1))
-            ]
-            chosen = _chosen(state, state, aim, [new for new, _ in tried], self.start)
-            if chosen is not None:
-                dim = next(dim for new, dim in tried if new is chosen)
-                real = self._written(chosen)
-                if real is not None:
-                    return _Over(value.name, dim), real
+            tried = []
+            for loops in _by_dim(state.loops, value):
+                found = self._forms(state, loops[0])
+                first = int(last and len(found) > 1)
+                tried += self._tried(state, found[first:], loops, first)
+            real = self._written(_chosen(state, state, aim, tried, self.start))
+            if real is not None and real.last is not None:
+                loop = real.last.loop
+                return _Over(value.name, loop.dim, real.last.form, loop.chunks), real
             self.in_vain.add((value.name, aim.share))
         return None
 
-    def _forms(self, state: _State, loop: Loop) -> list[Form]:
+    @functools.cached_property
+    def narrow(self) -> frozenset[str]:
+        """What is alive where least is: with no backward, where layers begin and end."""
+        return frozenset(n.name for cut in narrow_cuts(self.start.planner.draft) for n in cut)
+
+    def _stops(self, state: State) -> Collection[fx.Node]:
+        """What no layer's loop goes past: what is saved or, with no backward, narrow places."""
+        step = state.planner.draft.step
+        if step.sides.late:
+            return state.drafted.plan.kept
+        return [node for node in step.nodes if node.name in self.narrow]
+
+    def _forms(self, state: State, loop: Loop) -> list[Form]:
         key = state.shape, loop.value.name, loop.dim
         if key not in self.known_forms:
             step = state.planner.draft.step
             self.known_forms[key] = []
             try:
-                kept = state.drafted.plan.kept
-                self.known_forms[key] = list(forms(step, loop.value, loop.dim, kept))
+                self.known_forms[key] = list(forms(step, loop.value, loop.dim, self._stops(state)))
             except Exception as error:  # a graph that no rule foresaw
                 self.failed(loop, error)
         return self.known_forms[key]
 
-    def _tried(
-        self, state: _State, found: list[Form], loops: list[Loop], first: int = 0
-    ) -> list[_State]:
+    def _tried(self, state: State, found: list[Form], loops: list[Loop], first: int) -> list[State]:
         """The state with one more loop, in every form and count that can be written.
 
+        The forms are those of its region from number ``first`` on.
         One count is written; what others would leave is read off the cost of their trips.
         """
-        made: list[_State] = []
-        for number, form in list(enumerate(found))[first:]:
+        made: list[State] = []
+        for number, form in enumerate(found, first):
             able = [loop for loop in loops if loop.chunks <= form.region.length]
             if not able:
                 continue
@@ -232,39 +258,38 @@ class _Search:
                     made.append(written)
                     continue
                 write = functools.partial(self._apply, state, form, number, loop)
-                drafted = _recounted(written, state, form, loop.chunks)
+                drafted = recounted(written, state, form, loop.chunks)
                 made.append(dataclasses.replace(written, drafted=drafted, write=write))
         most = _line(state, RISE)
         return [new for new in made if new.peak <= most]
 
-    def _apply(self, state: _State, form: Form, number: int, loop: Loop) -> _State | None:
+    def _apply(self, state: State, form: Form, number: int, loop: Loop) -> State | None:
         """The state with one more loop; ``None`` where it cannot be written."""
         key = state.shape, loop.value.name, loop.dim, number, loop.chunks
         if key not in self.known:
             self.known[key] = None
             try:
-                self.known[key] = _looped(state, form, loop, self.anew)
+                self.known[key] = looped(state, form, number, loop, self.anew)
             except Exception as error:  # an op that does not stand a smaller shape
                 self.failed(loop, error)
         return self.known[key]
 
-    def _written(self, chosen: _State | None) -> _State | None:
+    def _written(self, chosen: State | None) -> State | None:
         """What was chosen, the bodies of its loops traced; ``None`` where they cannot be."""
         real = chosen and chosen.real()
         if real is None or real.last is None:
             return None
-        loop, looped = real.last
         try:
-            looped.fill()
+            real.last.looped.fill()
         except Exception as error:  # an op that does not stand a smaller shape
-            self.failed(loop, error)
+            self.failed(real.last.loop, error)
             return None
         return real
 
 
 def _chosen(
-    state: _State, start: _State, aim: _Aim, tried: list[_State], first: _State | None = None
-) -> _State | None:
+    state: State, start: State, aim: _Aim, tried: list[State], first: State | None = None
+) -> State | None:
     """The quickest of those that leave about as little as any; ``None`` where none helps."""
     now = _excess(state, start, aim.share)
     lefts = [_excess(new, start, aim.share) for new in tried]
@@ -273,7 +298,11 @@ def _chosen(
         least = WORTH * _excess(first, first, aim.share)
     if not tried or now - min(lefts) <= least:
         return None
-    about = aim.near * ((max(lefts) if aim.spread else now) - min(lefts))
+    return _quickest(tried, lefts, aim.near * (now - min(lefts)))
+
+
+def _quickest(tried: list[State], lefts: list[int], about: float) -> State:
+    """Of those that leave the least, give or take, the quickest."""
     close = [n for n, left in zip(tried, lefts, strict=True) if left <= min(lefts) + about]
     return min(close, key=lambda new: (new.drafted.seconds, new.peak))
 
@@ -287,13 +316,13 @@ def _by_dim(loops: list[Loop], value: fx.Node) -> list[list[Loop]]:
     return [sorted(same, key=lambda loop: loop.chunks) for same in found.values()]
 
 
-def _line(state: _State, share: float) -> int:
+def _line(state: State, share: float) -> int:
     """A share of the peak, in total bytes."""
     before = state.planner.draft.before
     return before + int(share * (state.peak - before))
 
 
-def _excess(state: _State, start: _State, share: float) -> int:
+def _excess(state: State, start: State, share: float) -> int:
     """How much the step rises above ``share`` of what it was, summed over its moments.
 
     Layers that are alike have peaks that are alike: one loop lowers one of them.
@@ -303,7 +332,7 @@ def _excess(state: _State, start: _State, share: float) -> int:
     return sum(live - line for live in moments if live > line)
 
 
-def _large_at_peak(state: _State, moments: int) -> Iterator[fx.Node]:
+def _large_at_peak(state: State, moments: int) -> Iterator[fx.Node]:
     """The largest computed values alive at the highest moments, the highest moment's first.
 
     Of one moment the largest come first, of those products of several values; what is kept
@@ -335,61 +364,3 @@ def _large_at_peak(state: _State, moments: int) -> Iterator[fx.Node]:
 def _made_of(info: Info) -> int:
     """How many computed values a value is made of: a product of two says most of its layer."""
     return sum(node.op == "call_function" for node in info.inputs)
-
-
-def _recounted(new: _State, old: _State, form: Form, chunks: int) -> Drafted:
-    """The draft of a state as if its newest loop had another count of chunks."""
-    draft, drafted, region = new.planner.draft, new.drafted, form.region
-    known = {id(node.meta["loop"]) for node in old.planner.draft.step.nodes if "loop" in node.meta}
-    costs: dict[fx.Node, LoopCost] = {}
-    done: set[bool] = set()
-    for node in draft.step.nodes:
-        if "loop" not in node.meta or id(node.meta["loop"]) in known:
-            continue
-        late = node in draft.step.sides.late and region.late is not None
-        part = region.late if late else region.early
-        assert part is not None
-        each = [
-            cost(form.step, region, part, run, draft.rates) for run in trips(region.size, chunks)
-        ]
-        costs[node] = LoopCost(max(c.bytes for c in each), sum(c.seconds for c in each))
-        if late in done:  # a shorter last chunk's: counted with the others
-            costs[node] = LoopCost(0, 0.0)
-        done.add(late)
-    lines = []
-    for line in (drafted.forward, drafted.backward):
-        ops = [
-            dataclasses.replace(op, work=costs[op.node].bytes, seconds=costs[op.node].seconds)
-            if op.node in costs
-            else op
-            for op in line.ops
-        ]
-        again = simulate(ops, 0, draft.grouped)
-        base = line.live[0] - again.live[0] if ops else 0
-        lines.append(dataclasses.replace(again, live=[live + base for live in again.live]))
-    rates = draft.rates
-    seconds = sum(line.seconds(rates.memory, rates.launch) for line in lines)
-    return dataclasses.replace(drafted, forward=lines[0], backward=lines[1], seconds=seconds)
-
-
-def _looped(state: _State, form: Form, loop: Loop, anew: Anew) -> _State:
-    step, found = state.planner.draft.step, form.region
-    looped = Looped(form.step, found, loop.chunks, state.planner.draft.rates)
-    planner, loops = anew(looped.outline(), state.planner)
-    kept = {node.name for node in state.drafted.plan.kept}
-    new = planner.draft.step
-    plan = Plan(frozenset(n for n in new.early_values() if n.name in kept))
-    drafted = planner.drafted(plan)
-    row = LoopRow(
-        by=loop.by,
-        value=loop.value.name,
-        source=source_line(loop.value),
-        dim=loop.dim,
-        length=found.length,
-        chunks=loop.chunks,
-        nodes=len(found.early.nodes) + (len(found.late.nodes) if found.late else 0),
-        bytes=step.bytes(loop.value),
-        peak_before=state.peak,
-        peak_after=drafted.peak,
-    )
-    return _State(planner, loops, drafted, (*state.rows, row), (loop, looped))

@@ -24,6 +24,7 @@ from torch import fx
 from memcompile.alike import families
 from memcompile.analysis.timeline import Kind
 from memcompile.contract import Proposal
+from memcompile.cuts import narrow_cuts
 from memcompile.draft import Draft
 from memcompile.ladder import Ladder, Rung
 from memcompile.plan import Drafted, Plan
@@ -315,7 +316,7 @@ class Planner:
 
     def _segment_seeds(self) -> list[Plan]:
         """Keep only what crosses narrow places of the forward; recompute the rest."""
-        cuts = self._narrow_cuts()
+        cuts = narrow_cuts(self.draft, self.is_candidate)
         seeds, taken = [], set()
         for every in (1, 2, 3, 4, 6, 8):
             chosen = cuts[::every]
@@ -325,43 +326,6 @@ class Planner:
             taken.add(kept)
             seeds.append(Plan(kept))
         return seeds
-
-    def _narrow_cuts(self) -> list[frozenset[fx.Node]]:
-        """Crossing sets at local minima of the forward's live candidate bytes."""
-        draft = self.draft
-        nodes = [n for n in draft.step.nodes if n in draft._forward_always]
-        last: dict[fx.Node, int] = {}
-        for place, node in enumerate(nodes):
-            for used in draft.info[node].inputs:
-                last[used] = place
-        alive: dict[fx.Node, None] = {}
-        sizes, sets = [], []
-        for place, node in enumerate(nodes):
-            if draft.info[node].bytes and draft.info[node].kind != Kind.SOURCE:
-                alive[node] = None
-            for used in [n for n in draft.info[node].inputs if last.get(n) == place]:
-                alive.pop(used, None)
-            alive_now = frozenset(v for v in alive if last.get(v, -1) > place)
-            sets.append(alive_now)
-            sizes.append(sum(draft.info[v].bytes for v in alive_now))
-        return _minima(sizes, sets, self.is_candidate)
-
-
-def _minima(
-    sizes: list[int], sets: list[frozenset[fx.Node]], allowed: frozenset[fx.Node]
-) -> list[frozenset[fx.Node]]:
-    """The sets at local minima no larger than three quarters of the mean size."""
-    if not sizes:
-        return []
-    mean = sum(sizes) / len(sizes)
-    window = max(2, len(sizes) // 200)
-    found: dict[frozenset[fx.Node], None] = {}
-    for place, size in enumerate(sizes):
-        around = sizes[max(0, place - window) : place + window + 1]
-        if 0 < size == min(around) and size <= 0.75 * mean:
-            found[sets[place] & allowed] = None
-    found.pop(frozenset(), None)
-    return list(found)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

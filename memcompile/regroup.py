@@ -12,6 +12,7 @@ from collections.abc import Collection
 import torch
 from torch import fx
 
+from memcompile import _torch
 from memcompile.step import Step
 
 
@@ -55,7 +56,7 @@ class Regrouped:
             return None
         for node in self.step.nodes:
             self._emit(node)
-        module = fx.GraphModule(self.step.module, self.graph)
+        module = _torch.LazyGraphModule(self.step.module, self.graph)
         module.meta.update(self.step.module.meta)
         return module
 

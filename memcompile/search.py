@@ -13,8 +13,8 @@ from memcompile.step import Step
 
 #: Share of the room that is aimed for: what a draft leaves out is small, but not nothing.
 AIM = 0.995
-#: A rung drafted within this share of the room fits, whatever the draft leaves out.
-SURE = 0.9
+#: Peaks that are as good as the least one, as multiples of it.
+NEAR = 1.01
 #: A draft further above what was lowered than this wastes memory, and is tried anew.
 WASTE = 0.95
 
@@ -45,13 +45,6 @@ class Tried:
 Lower = Callable[[Step, Split, Drafted], tuple[int, int]]
 
 
-def fits_surely(ladder: Ladder, inputs: int, budget: int | None, held: int) -> bool:
-    """Whether some rung is drafted well within ``budget`` total bytes; never for ``None``."""
-    if budget is None:
-        return False
-    return ladder.fit(inputs + int(SURE * (budget - inputs - held))) is not None
-
-
 class Search:
     """Looks for the cheapest rung whose lowered peak fits.
 
@@ -69,13 +62,16 @@ class Search:
         self.least = first  #: the lowest peak seen
 
     def lowest(self) -> Tried:
-        """The least lowered peak found, ties by time."""
-        floor = self.ladder.floor
+        """The least lowered peak found, to within a hundredth of it: of those the quickest."""
+        least, inputs = self.ladder.floor.peak, self.step.input_bytes()
+        floor = self.ladder.fit(inputs + int(NEAR * (least - inputs))) or self.ladder.floor
         tries = [self.first.within(None), self._try(floor, None)]
         above = self._above(tries[1])
         if above is not floor:
             tries.append(self._try(above, None))
-        return min(tries, key=lambda t: (t.peak, t.drafted.seconds))
+        least = min(tried.peak for tried in tries) - inputs - self.held
+        near = [t for t in tries if t.peak - inputs - self.held <= NEAR * least]
+        return min(near, key=lambda tried: (tried.drafted.seconds, tried.peak))
 
     def fitting(self, budget: int) -> Tried | None:
         """The cheapest tried rung whose lowered peak is at most ``budget``; ``None`` for none.

@@ -288,7 +288,7 @@ class Step:
         """Bytes of the tensors a node produces, symbolic sizes kept."""
         return sympy.Add(*(size_expr(tensor_size(t)) for t in tensors(node)))
 
-    @property
+    @functools.cached_property
     def dynamic(self) -> bool:
         """Whether any size in the step is symbolic."""
         return any(_torch.is_symbolic(node.meta.get("val")) for node in self.placeholders)

@@ -90,9 +90,9 @@ def new_reports(since: int) -> list[memcompile.Report]:
 
 
 @contextlib.contextmanager
-def short_planning() -> Iterator[None]:
+def short_planning(drafts: int = 100) -> Iterator[None]:
     """A hundred drafts a graph: whichever plan is found, the numbers must be right."""
-    with mock.patch.object(memcompile.planner, "draft_limit", lambda nodes: 100):
+    with mock.patch.object(memcompile.planner, "draft_limit", lambda nodes: drafts):
         yield
 
 
@@ -102,6 +102,7 @@ def planned(
     budget: Any,
     lower: str = "eager",
     loss: Callable[[Any], torch.Tensor | None] = total,
+    drafts: int = 100,
     **more: Any,
 ) -> tuple[Seen, list[memcompile.Report]]:
     """One compiled step from a cold start, and the reports of its graphs."""
@@ -110,7 +111,7 @@ def planned(
     since = len(memcompile.reports())
     torch.manual_seed(0)
     compiled = memopt(module or model, budget, lower, **more)
-    with short_planning():
+    with short_planning(drafts):
         seen = observe(module, compiled, inputs, loss)
     return seen, new_reports(since)
 

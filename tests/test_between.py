@@ -95,7 +95,7 @@ def test_no_layer_is_grown_past_what_is_saved() -> None:
 
 @pytest.mark.parametrize("length", [12, 13])
 def test_a_trunk_of_one_size_gets_loops(length: int) -> None:
-    report = looped(double(Trunk), tensor(length, length, 4))
+    report = looped(double(Trunk), tensor(length, length, 4), drafts=400)
     assert any(row.nodes > 50 for row in report.loops)
 
 

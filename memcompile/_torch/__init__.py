@@ -48,6 +48,7 @@ from torch._inductor.virtualized import V
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd import _profiler_enabled as profiler_enabled
+from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import flop_registry
@@ -58,6 +59,7 @@ __all__ = [
     "CustomPartitionerFn",
     "GraphLowering",
     "HigherOrderOperator",
+    "LazyGraphModule",
     "OpOverload",
     "TracingContext",
     "V",

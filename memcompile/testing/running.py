@@ -12,8 +12,8 @@ from torch import fx
 
 from memcompile import _torch
 from memcompile.analysis.ops import is_random
-from memcompile.compiler import prepare
 from memcompile.errors import PassError
+from memcompile.joint import prepare
 from memcompile.split import Split, inductor_split
 from memcompile.step import Step, hint
 from memcompile.testing.numbers import Result, own, wide

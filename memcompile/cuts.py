@@ -1,0 +1,52 @@
+"""Narrow places of a forward: where little is alive, one layer ends and the next begins."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import fx
+
+from memcompile.analysis.timeline import Kind
+from memcompile.draft import Draft
+
+
+def narrow_cuts(
+    draft: Draft, allowed: Collection[fx.Node] | None = None
+) -> list[frozenset[fx.Node]]:
+    """Crossing sets at local minima of the forward's live bytes.
+
+    Args:
+        draft: of the step.
+        allowed: the values that sets are made of; ``None`` for any.
+    """
+    nodes = [n for n in draft.step.nodes if n in draft.info and n in draft.forward_always]
+    last: dict[fx.Node, int] = {}
+    for place, node in enumerate(nodes):
+        for used in draft.info[node].inputs:
+            last[used] = place
+    alive: dict[fx.Node, None] = {}
+    sizes, sets = [], []
+    for place, node in enumerate(nodes):
+        if draft.info[node].bytes and draft.info[node].kind != Kind.SOURCE:
+            alive[node] = None
+        for used in [n for n in draft.info[node].inputs if last.get(n) == place]:
+            alive.pop(used, None)
+        alive_now = frozenset(v for v in alive if last.get(v, -1) > place)
+        sets.append(alive_now if allowed is None else alive_now & frozenset(allowed))
+        sizes.append(sum(draft.info[v].bytes for v in alive_now))
+    return _minima(sizes, sets)
+
+
+def _minima(sizes: list[int], sets: list[frozenset[fx.Node]]) -> list[frozenset[fx.Node]]:
+    """The sets at local minima no larger than three quarters of the mean size."""
+    if not sizes:
+        return []
+    mean = sum(sizes) / len(sizes)
+    window = max(2, len(sizes) // 200)
+    found: dict[frozenset[fx.Node], None] = {}
+    for place, size in enumerate(sizes):
+        around = sizes[max(0, place - window) : place + window + 1]
+        if 0 < size == min(around) and size <= 0.75 * mean:
+            found[sets[place]] = None
+    found.pop(frozenset(), None)
+    return list(found)
