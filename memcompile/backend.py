@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from memcompile import _torch, live, scratch, sizes, store
+from memcompile import _torch, decided, live, scratch, sizes, store, watch
 from memcompile._torch.draws import exact_draws
 from memcompile._torch.fusion import prompt_kernels
 from memcompile._torch.loops import cached_loops, released_loops
@@ -25,14 +25,14 @@ from memcompile._torch.pieces import any_fake
 from memcompile.analysis.cost import calibrate
 from memcompile.analysis.timeline import HELD
 from memcompile.compiler import Compiler, Outcome
-from memcompile.contract import Context
+from memcompile.contract import Context, Pass
 from memcompile.errors import MemcompileError
 from memcompile.explain import Explained
 from memcompile.lowering import Lowering
 from memcompile.options import Options, format_bytes, warn_if_above_free
 from memcompile.pipeline import Pipeline
-from memcompile.registry import resolve
-from memcompile.report import Report
+from memcompile.registry import resolve, source_key, spell
+from memcompile.report import MoveRow, Report
 from memcompile.version import __version__, source_digest
 
 log = logging.getLogger(__name__)
@@ -103,8 +103,13 @@ class _Job:
         budget = int(limit.value) - options.reserve_bytes if limit.kind == "bytes" else None
         if budget is not None:
             warn_if_above_free(self.device, budget, held=live.tensor_bytes(example_inputs))
-        context = Context(options.strict, budget, self.device.type)
-        self.pipeline = Pipeline(resolve(options.passes), context)
+        passes = resolve(options.passes)
+        self.watch = watch.current()
+        self.code = self._code()
+        self.decision_key = self._decision_key(passes)
+        self.decision = self._decision()
+        exact = self.decision.exact if self.decision is not None else frozenset[str]()
+        self.pipeline = Pipeline(passes, Context(options.strict, budget, self.device.type, exact))
         (output,) = gm.graph.find_nodes(op="output")
         outputs = output.args[0]
         number = len(outputs) if isinstance(outputs, (list, tuple)) else 1
@@ -122,6 +127,7 @@ class _Job:
             torch.__version__,
             self.options.key(),
             self.pipeline.key(),
+            self.decision.key() if self.decision is not None else "",
             str(self.compiler.held),
             calibrate(self.device).to_json(),
         ]
@@ -129,9 +135,25 @@ class _Job:
 
     def _graph_key(self) -> str:
         """Names this captured graph, its inputs and options: where its report is stored."""
+        return _digest(self.key, self.code)[:40]
+
+    def _code(self) -> str:
+        """Names what Dynamo captured: its code and its inputs."""
         described = [_torch.describe(value) for value in self.example_inputs]
-        text = "\n".join([self.key, str(self.gm.code), *described])
-        return hashlib.sha256(text.encode()).hexdigest()[:40]
+        return _digest(str(self.gm.code), *described)
+
+    def _decision_key(self, passes: Sequence[Pass]) -> str:
+        """Names all that numbers depend on: neither a budget nor what is held changes any."""
+        patches = {k: v for k, v in self.options.inductor.items() if k != "fallback_random"}
+        plain = Options(lower=self.options.lower, inductor=patches, mode=self.options.mode)
+        sources = [source_key(each) for each in passes]
+        return _digest(__version__, torch.__version__, self.code, plain.key(), *sources)[:40]
+
+    def _decision(self) -> decided.Decision | None:
+        """What calibration decided for this graph, or is trying."""
+        if self.watch is not None and self.watch.exact is not None:
+            return self.watch.decision(self.decision_key)
+        return decided.load(self.decision_key)
 
     def compile(self) -> Callable[..., Any]:
         """Compile, then file the report of what was planned or read from the cache."""
@@ -139,8 +161,10 @@ class _Job:
         if not self.filed:
             self.filed.append(store.load(self.graph_key) or self._missing())
             self.filed[0].name = self.options.name
-        for report in self.filed:
-            store.add(report)
+            self.filed[0].fidelity = self._fidelity(self.filed[0])
+        if self.watch is None:
+            for report in self.filed:
+                store.add(report)
         report = self.filed[-1]
         inputs, self.example_inputs = self.example_inputs, ()  # torch 2.11 holds on to the job
         if self.compiler.planner is not None and self.compiler.planner.draft.step.dynamic:
@@ -167,6 +191,7 @@ class _Job:
         """Inductor's inner compiler; graphs without a backward are checked on the way."""
         if kwargs.get("is_inference"):
             gm, explained = self.compiler.whole(gm)
+            self._planned(gm, None, explained)
             self._file(explained, "inference")
         patches = {} if self.compiler.pooled else {"allow_buffer_reuse": False}
         patched = _torch.inductor_config.patch(patches)
@@ -176,19 +201,28 @@ class _Job:
 
     def _eager(self) -> Callable[..., Any]:
         def run(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-            return _torch.boxed(gm)
+            run = _torch.boxed(gm)
+            return run if self.watch is None else self.watch.recorded(gm, run)
 
         def infer(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-            self.pipeline.rewrite(gm)
+            self.rewrite(gm)
             gm, explained = self.compiler.whole(gm)
+            self._planned(gm, None, explained)
             self._file(explained, "inference")
-            return _torch.boxed(gm)
+            return run(gm, inputs)
 
         def partition(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
-            self.pipeline.rewrite(gm)
+            self.rewrite(gm)
             return self.partition(gm, **kwargs)
 
         return _torch.aot_eager(self.gm, self.example_inputs, run, infer, partition)
+
+    def rewrite(self, gm: fx.GraphModule) -> None:
+        """Run the rewrites on a joint graph; called by torch, before Inductor's own passes."""
+        before = None if self.watch is None else _torch.copy_graph(gm)
+        self.pipeline.rewrite(gm)
+        if self.watch is not None and before is not None:
+            self.watch.rewritten(self.decision_key, self.code, before, gm)
 
     def partition(
         self,
@@ -201,8 +235,29 @@ class _Job:
         """Split a joint graph as planned; called by torch."""
         static = tuple(static_lifetime_input_indices or ())
         outcome: Outcome = self.compiler.step(gm, num_fwd_outputs, static)
+        forward, backward = outcome.split.forward, outcome.split.backward
+        self._planned(forward, backward, outcome.explained, num_fwd_outputs)
         self._file(outcome.explained, "training")
-        return outcome.split.forward, outcome.split.backward
+        return forward, backward
+
+    def _planned(
+        self, forward: fx.GraphModule, backward: Any, explained: Explained, outputs: int = 0
+    ) -> None:
+        if self.watch is not None:
+            self.watch.planned(forward, backward, outputs, self._inexact(explained.moves))
+
+    def _inexact(self, moves: Sequence[MoveRow]) -> list[MoveRow]:
+        """The moves taken that may change numbers."""
+        names = {spell(each) for each in self.pipeline.passes if each.exactness == "no"}
+        return [move for move in moves if move.by in names]
+
+    def _fidelity(self, report: Report) -> str:
+        """What is known of the error of what may change numbers; "" where nothing does."""
+        moves = self._inexact(report.moves)
+        inexact = [ran for ran in report.passes if ran.exactness == "no"]
+        if self.decision is not None and inexact:
+            return self.decision.sentence(move.value for move in moves)
+        return decided.UNCHECKED if moves or any(ran.changed for ran in inexact) else ""
 
     def _file(self, explained: Explained, kind: str) -> None:
         spent = self.lowering.seconds
@@ -227,8 +282,10 @@ class _Job:
             held_before=self.compiler.held,
             **values,
         )
+        report.fidelity = self._fidelity(report)
         self.filed.append(report)
-        store.save(self.graph_key, report)
+        if self.watch is None or self.watch.exact is not None:
+            store.save(self.graph_key, report)
 
     def _holder_notes(self) -> list[str]:
         held, notes = self.held, []
@@ -284,7 +341,11 @@ class _Rewrites(_Hook, _torch.CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         module = graph.owning_module
         assert module is not None
-        self.job.pipeline.rewrite(module)
+        self.job.rewrite(module)
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _device(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> torch.device:

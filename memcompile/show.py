@@ -50,6 +50,8 @@ def sentences(report: Report) -> list[str]:
     """What the figures come to, a line each."""
     lines = [_verdict(report), _time(report), *_moved(report.moves)]
     lines += _looped(report.loops)
+    if report.fidelity:
+        lines.append(f"{report.fidelity[0].upper()}{report.fidelity[1:]}.")
     if report.peak_expression:
         lines.append(f"Predicted peak = {report.peak_expression}")
     origin = "Read back from disk; planned" if report.cached else "Planned"

@@ -1,0 +1,112 @@
+"""See the graphs that are compiled, and say which of their nodes stay exact.
+
+While a :class:`Watch` is in force, every captured graph is noted: its joint form before any
+pass, the graphs that it became, and what they are first called with. This is how fidelity is
+measured; nothing here is used otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from memcompile import _torch
+from memcompile.decided import Decision
+from memcompile.report import MoveRow
+
+#: Where a node of a rewritten graph keeps its name, for the graphs that are made of it.
+TAG = "memcompile_name"
+
+
+@dataclasses.dataclass
+class Seen:
+    """One graph on its way: before the passes, after the rewrites, and as it is run."""
+
+    key: str  #: of its decisions
+    code: str  #: of what Dynamo captured: the same for every set of passes
+    joint: fx.GraphModule
+    rewritten: fx.GraphModule
+    num_outputs: int = 0
+    forward: fx.GraphModule | None = None
+    backward: fx.GraphModule | None = None
+    moves: tuple[MoveRow, ...] = ()  #: of inexact passes
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)  #: by placeholder
+
+
+class Watch:
+    """What is seen while it is in force.
+
+    Args:
+        exact: the nodes that are to stay exact, by the key of their graph; ``None``: what
+            was decided on disk.
+    """
+
+    def __init__(self, exact: Mapping[str, frozenset[str]] | None = None) -> None:
+        self.exact = exact
+        self.graphs: list[Seen] = []
+
+    def decision(self, key: str) -> Decision | None:
+        """What this trial decides in place of what is on disk."""
+        assert self.exact is not None
+        found = self.exact.get(key)
+        return None if found is None else Decision(found)
+
+    def rewritten(self, key: str, code: str, joint: fx.GraphModule, after: fx.GraphModule) -> None:
+        """Note a graph that the rewrites are done with."""
+        for node in after.graph.nodes:
+            node.meta[TAG] = node.name
+        self.graphs.append(Seen(key, code, joint, _torch.copy_graph(after)))
+
+    def planned(
+        self,
+        forward: fx.GraphModule,
+        backward: fx.GraphModule | None,
+        num_outputs: int,
+        moves: Sequence[MoveRow],
+    ) -> None:
+        """Note what the graph has become."""
+        if self.graphs:
+            seen = self.graphs[-1]
+            seen.forward = _torch.copy_graph(forward)
+            seen.backward = None if backward is None else _torch.copy_graph(backward)
+            seen.num_outputs, seen.moves = num_outputs, tuple(moves)
+
+    def recorded(self, gm: fx.GraphModule, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """``compiled``, noting copies of what it is first called with."""
+        if not self.graphs:
+            return compiled
+        seen = self.graphs[-1]
+        names = [str(node.target) for node in gm.graph.find_nodes(op="placeholder")]
+
+        def run(args: list[Any]) -> Any:
+            for name, value in zip(names, args, strict=True):
+                if name not in seen.arguments:
+                    tensor = isinstance(value, torch.Tensor)
+                    seen.arguments[name] = value.detach().clone() if tensor else value
+            return compiled(args)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+
+_watches: list[Watch] = []
+
+
+def current() -> Watch | None:
+    """The watch in force, or ``None``."""
+    return _watches[-1] if _watches else None
+
+
+@contextlib.contextmanager
+def watching(watch: Watch) -> Iterator[Watch]:
+    """Within the block, ``watch`` is in force, in all threads: a backward may have its own."""
+    _watches.append(watch)
+    try:
+        yield watch
+    finally:
+        _watches.remove(watch)
