@@ -222,7 +222,8 @@ class _Job:
         before = None if self.watch is None else _torch.copy_graph(gm)
         self.pipeline.rewrite(gm)
         if self.watch is not None and before is not None:
-            self.watch.rewritten(self.decision_key, self.code, before, gm)
+            exact = self.pipeline.context.exact
+            self.watch.rewritten(self.decision_key, self.code, before, gm, exact)
 
     def partition(
         self,

@@ -35,6 +35,7 @@ class Seen:
     forward: fx.GraphModule | None = None
     backward: fx.GraphModule | None = None
     moves: tuple[MoveRow, ...] = ()  #: of inexact passes
+    exact: frozenset[str] = frozenset()  #: names of nodes that no pass may change
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)  #: by placeholder
 
 
@@ -56,11 +57,18 @@ class Watch:
         found = self.exact.get(key)
         return None if found is None else Decision(found)
 
-    def rewritten(self, key: str, code: str, joint: fx.GraphModule, after: fx.GraphModule) -> None:
+    def rewritten(
+        self,
+        key: str,
+        code: str,
+        joint: fx.GraphModule,
+        after: fx.GraphModule,
+        exact: frozenset[str],
+    ) -> None:
         """Note a graph that the rewrites are done with."""
         for node in after.graph.nodes:
             node.meta[TAG] = node.name
-        self.graphs.append(Seen(key, code, joint, _torch.copy_graph(after)))
+        self.graphs.append(Seen(key, code, joint, _torch.copy_graph(after), exact=exact))
 
     def planned(
         self,

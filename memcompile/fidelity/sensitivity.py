@@ -1,0 +1,289 @@
+"""How much of the step's error each node brings, and what it buys.
+
+A *candidate* is what can be moved back together: a value that an inexact move changes, a node
+that an inexact rewrite runs otherwise, or neighbours that it replaced. What a candidate brings is
+measured: the error that it adds, found by the walk, is put into the double-precision step at
+that one place, and what hangs on it is computed again. So nothing else is in the figure, neither
+other casts nor rounding, and each takes a part of one step and no compilation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from memcompile.analysis.cost import calibrate, node_seconds
+from memcompile.fidelity.align import Pairs, dtypes, through_rewrites
+from memcompile.fidelity.values import Env, apart, error, in_double, is_drawn, is_float
+from memcompile.fidelity.walk import Added, Walk, early_and_late
+from memcompile.step import Step
+from memcompile.testing.numbers import Result, norms
+
+#: So many candidates, or groups of them, are measured one by one.
+PROBES = 64
+#: An error is amplified where it grows by this factor from what a node reads to what it gives.
+JUMP = 8.0
+#: Above this relative error a value is zero but for rounding, and says nothing.
+NOISE = 1e3
+
+
+@dataclasses.dataclass
+class Candidate:
+    """Nodes of the graph before the passes that are moved back together."""
+
+    names: tuple[str, ...]
+    culprit: Added  #: the node, as it is run, that adds most
+    gaps: dict[tuple[fx.Node, bool], Any]  #: the error at each, by node and whether late only
+    bytes: int = 0  #: gained by leaving it inexact, predicted
+    seconds: float = 0.0
+    error: float = 0.0  #: brought to the loss, an output or a gradient; relative
+    grad_error: float = 0.0
+    amplified: fx.Node | None = None  #: where it grows beyond what its own value has
+    factor: float = 1.0
+
+
+def candidates(walked: Walk, inexact: bool) -> list[Candidate]:
+    """What can be moved back, or, where not only ``inexact`` is asked for, all that adds error."""
+    seen = walked.seen
+    groups = _groups(seen_pairs := through_rewrites(seen), seen.rewritten, seen.joint)
+    moved = {move.value for move in seen.moves}
+    owner = _owners(walked, groups, moved, inexact)
+    parts: dict[tuple[str, ...], list[Added]] = {}
+    for added in walked.added:
+        names = owner.get(added.node)
+        if names is not None:
+            parts.setdefault(names, []).append(added)
+    now: dict[str, fx.Node] = {old.name: new for new, old in reversed(list(seen_pairs.items()))}
+    found = []
+    for names, group in parts.items():
+        gaps: dict[tuple[fx.Node, bool], Any] = {}
+        for added in group:
+            if added.gap is not None and added.stands_for is not None:
+                gaps.setdefault((added.stands_for, added.late), added.gap)
+        culprit = max(group, key=lambda added: added.local)
+        one = Candidate(names, culprit, gaps)
+        one.bytes, one.seconds = _gain(walked, names, now)
+        found.append(one)
+    return found
+
+
+def _owners(
+    walked: Walk,
+    groups: Mapping[str, tuple[str, ...]],
+    moved: set[str],
+    inexact: bool,
+) -> dict[fx.Node, tuple[str, ...]]:
+    """Which candidate each node that is run belongs to: its own, or that of its readers."""
+    owner: dict[fx.Node, tuple[str, ...]] = {}
+    for added in reversed(walked.added):
+        node, old = added.node, added.stands_for
+        if old is not None and added.late and old.name in moved:
+            owner[node] = (old.name,)
+        elif old is not None and old.name in groups:
+            owner[node] = groups[old.name]
+        elif old is not None:
+            if not inexact:
+                owner[node] = (old.name,)
+        else:
+            readers = [owner[user] for user in node.users if user in owner]
+            if readers:
+                owner[node] = readers[0]
+    return owner
+
+
+def _groups(
+    pairs: Pairs, rewritten: fx.GraphModule, joint: fx.GraphModule
+) -> dict[str, tuple[str, ...]]:
+    """Each node that a rewrite runs otherwise or has replaced, with those replaced with it."""
+    alive = _alive(rewritten.graph)
+    now: dict[fx.Node, list[fx.Node]] = {}
+    for new, old in pairs.items():
+        if new in alive:
+            now.setdefault(old, []).append(new)
+    was = _alive(joint.graph)
+    groups: dict[str, tuple[str, ...]] = {}
+    gone: set[fx.Node] = set()
+    for old in joint.graph.nodes:
+        if old.op != "call_function" or old not in was:
+            continue
+        same = [new for new in now.get(old, []) if new.target == old.target]
+        if not same:
+            gone.add(old)
+        elif all(_signature(new) != _signature(old) for new in same):
+            groups[old.name] = (old.name,)
+    for group in _connected(gone):
+        groups |= dict.fromkeys(group, group)
+    return groups
+
+
+def _alive(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that an output hangs on."""
+    todo = list(graph.find_nodes(op="output"))
+    found = set(todo)
+    while todo:
+        for arg in todo.pop().all_input_nodes:
+            if arg not in found:
+                found.add(arg)
+                todo.append(arg)
+    return found
+
+
+def _connected(nodes: set[fx.Node]) -> list[tuple[str, ...]]:
+    """Names of nodes that hang together, group by group."""
+    left, found = dict.fromkeys(sorted(nodes)), []
+    while left:
+        todo, group = [next(iter(left))], []
+        left.pop(todo[0])
+        while todo:
+            node = todo.pop()
+            group.append(node.name)
+            for other in (*node.all_input_nodes, *node.users):
+                if other in left:
+                    left.pop(other)
+                    todo.append(other)
+        found.append(tuple(sorted(group)))
+    return found
+
+
+def _signature(node: fx.Node) -> str:
+    """What a node computes, but for where its arguments come from."""
+    args = fx.node.map_arg((node.args, node.kwargs), lambda arg: str(dtypes(arg)))
+    return f"{node.target} {dtypes(node)} {args}"
+
+
+def _gain(walked: Walk, names: Sequence[str], now: Mapping[str, fx.Node]) -> tuple[int, float]:
+    """Bytes and predicted seconds that the candidate's nodes take less than they did."""
+    step = early_and_late(walked.seen)
+    rates = calibrate(step.device)
+    size, seconds = 0, 0.0
+    moves = {move.value: move for move in walked.seen.moves}
+    for node in step.nodes:
+        if node.name not in names:
+            continue
+        if node.name in moves:
+            size += moves[node.name].bytes
+            seconds -= moves[node.name].seconds
+        elif node.name in now:
+            size += step.bytes(node) - step.bytes(now[node.name])
+            seconds += node_seconds(node, rates) - node_seconds(now[node.name], rates)
+    return size, seconds
+
+
+# -- what each brings -------------------------------------------------------------------------
+
+
+def measure(walked: Walk, found: Sequence[Candidate], probes: int = PROBES) -> list[Candidate]:
+    """Fill in what each candidate brings; those beyond ``probes`` are measured in groups.
+
+    A group becomes one candidate, so the list that is returned may be shorter.
+    """
+    step = early_and_late(walked.seen)
+    order = sorted(found, key=lambda one: -one.culprit.local)
+    single, rest = order[: probes // 2], order[probes // 2 :]
+    share = -(-len(rest) // max(1, probes - len(single))) or 1
+    joined = [_joined(rest[at : at + share]) for at in range(0, len(rest), share)]
+    with torch.random.fork_rng(), torch.no_grad():
+        for one in (*single, *joined):
+            _probe(step, walked.exact, one)
+    return [*single, *joined]
+
+
+def _joined(several: Sequence[Candidate]) -> Candidate:
+    if len(several) == 1:
+        return several[0]
+    gaps: dict[tuple[fx.Node, bool], Any] = {}
+    for one in several:
+        gaps |= one.gaps
+    return Candidate(
+        tuple(name for one in several for name in one.names),
+        several[0].culprit,
+        gaps,
+        sum(one.bytes for one in several),
+        sum(one.seconds for one in several),
+    )
+
+
+def _probe(step: Step, exact: Env, one: Candidate) -> None:
+    """Put the candidate's error into the exact step, and compare what comes out."""
+    late = {node: exact[node] + gap for (node, only), gap in one.gaps.items() if only}
+    env: Env = {node: exact[node] + gap for (node, only), gap in one.gaps.items() if not only}
+    grown: dict[fx.Node, float] = {node: error(value, exact[node]) for node, value in late.items()}
+    for node in step.nodes:
+        if node in env:
+            grown[node] = error(env[node], exact[node])
+            continue
+        if node.op != "call_function" or is_drawn(node):
+            continue
+        changed = late if node in step.sides.late else {}
+        read = [arg for arg in node.all_input_nodes if arg in env or arg in changed]
+        if not read:
+            continue
+        given = _Given(changed, env, exact)
+        env[node] = in_double(node, given, step.module)
+        grown[node] = error(env[node], exact[node])
+        before = max(grown[arg] for arg in read)
+        if before > 0 and grown[node] < NOISE and grown[node] / before > max(JUMP, one.factor):
+            one.amplified, one.factor = node, grown[node] / before
+    one.error, one.grad_error = _errors(step, {**late, **env}, exact)
+
+
+class _Given(Mapping[fx.Node, Any]):
+    """What a node reads: what has changed, else what is exact."""
+
+    def __init__(self, *levels: Mapping[fx.Node, Any]) -> None:
+        self.levels = levels
+
+    def __getitem__(self, node: fx.Node) -> Any:
+        return next(level[node] for level in self.levels if node in level)
+
+    def __iter__(self) -> Any:
+        return iter(self.levels[-1])
+
+    def __len__(self) -> int:
+        return len(self.levels[-1])
+
+
+def _errors(step: Step, env: Env, exact: Env) -> tuple[float, float]:
+    """The largest relative error of an output or gradient, and of a gradient."""
+    groups = {"output": step.node_outputs(), "gradient": step.gradient_nodes()}
+    largest = dict.fromkeys(groups, 0.0)
+    for group, nodes in groups.items():
+        wanted = [node for node in nodes if is_float(exact[node])]
+        scale = norms(Result(group, node.name, exact[node]) for node in wanted).get(group, 0.0)
+        for node in wanted:
+            if node in env:
+                found = apart(env[node], exact[node], scale)
+                largest[group] = max(largest[group], found)
+    return max(largest.values()), largest["gradient"]
+
+
+# -- which to keep ----------------------------------------------------------------------------
+
+
+def worst_first(found: Iterable[Candidate], gradients: bool) -> list[Candidate]:
+    """In the order in which they are to be moved back: most error for what it buys first.
+
+    What a candidate buys is its share of all bytes plus its share of all seconds.
+
+    Args:
+        found: measured candidates.
+        gradients: whether the error of gradients alone counts.
+    """
+    found = list(found)
+    size = sum(max(0, one.bytes) for one in found) or 1
+    seconds = sum(max(0.0, one.seconds) for one in found) or 1.0
+
+    def price(one: Candidate) -> float:
+        gain = max(0, one.bytes) / size + max(0.0, one.seconds) / seconds
+        return brings(one, gradients) / max(gain, 1e-9)
+
+    return sorted(found, key=lambda one: (-price(one), one.names))
+
+
+def brings(one: Candidate, gradients: bool) -> float:
+    """The error that a candidate brings, of gradients alone or of all."""
+    return one.grad_error if gradients else one.error
