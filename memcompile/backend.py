@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -144,10 +145,16 @@ class _Job:
 
     def _decision_key(self, passes: Sequence[Pass]) -> str:
         """Names all that numbers depend on: neither a budget nor what is held changes any."""
-        patches = {k: v for k, v in self.options.inductor.items() if k != "fallback_random"}
-        plain = Options(lower=self.options.lower, inductor=patches, mode=self.options.mode)
-        sources = [source_key(each) for each in passes]
-        return _digest(__version__, torch.__version__, self.code, plain.key(), *sources)[:40]
+        plain = Options(
+            lower=self.options.lower, inductor=self.options.inductor, mode=self.options.mode
+        )
+        as_eager = self._table() is None and _torch.inductor_config.fallback_random
+        parts = [
+            str(as_eager),
+            *(part for each in passes for part in (source_key(each), *map(_state, each.parts))),
+        ]
+        text = re.sub(r" at 0x[0-9a-fA-F]+", "", "\n".join(parts))
+        return _digest(__version__, torch.__version__, self.code, plain.key(), text)[:40]
 
     def _decision(self) -> decided.Decision | None:
         """What calibration decided for this graph, or is trying."""
@@ -184,8 +191,16 @@ class _Job:
             ),
         }
         return _torch.compile_fx(
-            self.gm, self.example_inputs, inner_compile=self._inner, config_patches=patches
+            self.gm,
+            self.example_inputs,
+            inner_compile=self._inner,
+            config_patches=patches,
+            decompositions=self._table(),
         )
+
+    def _table(self) -> dict[Any, Any] | None:
+        """The decompositions to trace with, where it is not Inductor's choice."""
+        return None if self.watch is None else self.watch.decompositions
 
     def _inner(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
         """Inductor's inner compiler; graphs without a backward are checked on the way."""
@@ -215,7 +230,8 @@ class _Job:
             self.rewrite(gm)
             return self.partition(gm, **kwargs)
 
-        return _torch.aot_eager(self.gm, self.example_inputs, run, infer, partition)
+        inputs = self.example_inputs
+        return _torch.aot_eager(self.gm, inputs, run, infer, partition, self._table())
 
     def rewrite(self, gm: fx.GraphModule) -> None:
         """Run the rewrites on a joint graph; called by torch, before Inductor's own passes."""
@@ -343,6 +359,11 @@ class _Rewrites(_Hook, _torch.CustomGraphPass):
         module = graph.owning_module
         assert module is not None
         self.job.rewrite(module)
+
+
+def _state(part: object) -> str:
+    """What an object that a pass works by holds."""
+    return f"{type(part).__qualname__} {sorted(getattr(part, '__dict__', {}).items(), key=str)}"
 
 
 def _digest(*parts: str) -> str:

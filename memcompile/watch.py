@@ -45,10 +45,15 @@ class Watch:
     Args:
         exact: the nodes that are to stay exact, by the key of their graph; ``None``: what
             was decided on disk.
+        decompositions: the table that graphs are traced with; ``None``: Inductor's choice.
     """
 
-    def __init__(self, exact: Mapping[str, frozenset[str]] | None = None) -> None:
-        self.exact = exact
+    def __init__(
+        self,
+        exact: Mapping[str, frozenset[str]] | None = None,
+        decompositions: dict[Any, Any] | None = None,
+    ) -> None:
+        self.exact, self.decompositions = exact, decompositions
         self.graphs: list[Seen] = []
 
     def decision(self, key: str) -> Decision | None:

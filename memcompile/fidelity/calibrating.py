@@ -13,10 +13,9 @@ from memcompile.fidelity.data import Calibration, NodeError
 from memcompile.fidelity.sensitivity import Candidate, worst_first
 from memcompile.fidelity.steps import Walked, compiled, inexact, recorded
 from memcompile.fidelity.subject import Ran, Subject
-from memcompile.fidelity.values import apart
+from memcompile.fidelity.values import apart, under
 from memcompile.options import Options, OptionsError
 from memcompile.registry import resolve, spell
-from memcompile.testing.numbers import norms
 from memcompile.watch import Seen
 
 #: After so many steps all that is left is moved back at once.
@@ -88,7 +87,7 @@ def calibrate(
         lower=parsed.lower,
         steps=search.steps,
         graphs=len(search.graphs),
-        notes=tuple(search.notes),
+        notes=(*search.notes, *search.under_the_floor()),
     )
 
 
@@ -111,6 +110,7 @@ class _Search:
         self.rows: list[NodeError] = []
         self.graphs: list[Seen] = []
         self.error = self.grad_error = 0.0
+        self.below: dict[str, float] = {}  #: errors of tensors under the floor
         self.known: list[Seen] = []  #: graphs with what they are called with
         self.plain = self._plain()
 
@@ -129,7 +129,7 @@ class _Search:
         ran, self.graphs = compiled(self.subject, self.options, exact)
         self.steps += 1
         self.exact = exact
-        self.error, self.grad_error = _errors(ran, self.plain)
+        self.error, self.grad_error, self.below = _errors(ran, self.plain)
         return self.ratio <= 1
 
     @property
@@ -216,6 +216,14 @@ class _Search:
         grad_error = math.hypot(*(one.grad_error for _, one in left))
         return min(self._ratio(error, grad_error), MOST)
 
+    def under_the_floor(self) -> list[str]:
+        """What is over a bound, and counts for nothing because it is so small."""
+        bounds = [b for b in (self.max_error, self.max_grad_error) if b is not None]
+        over = [name for name, error in self.below.items() if bounds and error > min(bounds)]
+        if not over:
+            return []
+        return [f"under the floor, and over the bound beside it: {', '.join(over)}"]
+
     # -- the end ----------------------------------------------------------------------------
 
     def refusal(self, why: str) -> FidelityError:
@@ -275,12 +283,15 @@ def _with(
     return found
 
 
-def _errors(ran: Ran, plain: Ran) -> tuple[float, float]:
-    """Largest relative error of all, and of gradients."""
-    scales = norms(plain.results)
-    largest = {"gradient": 0.0, "": 0.0}
+def _errors(ran: Ran, plain: Ran) -> tuple[float, float, dict[str, float]]:
+    """Largest relative error of all, of gradients; and that of each tensor under the floor."""
+    largest, below = {"gradient": 0.0, "": 0.0}, {}
     for one, other in zip(ran.results, plain.results, strict=True):
-        error = apart(one.value, other.value, scales[other.group])
+        scale = plain.scale(other)
+        error = apart(one.value, other.value, scale)
+        if under(other, scale):
+            below[other.label] = error
+            continue
         group = "gradient" if other.group == "gradient" else ""
         largest[group] = max(largest[group], error)
-    return max(largest.values()), largest["gradient"]
+    return max(largest.values()), largest["gradient"], below

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from memcompile import _torch
+from memcompile._torch.modes import extra_random_decomps, usual_decompositions
 from memcompile.fidelity.data import Compared, Fidelity, NodeError
+from memcompile.fidelity.sensitivity import Candidate
 from memcompile.fidelity.steps import Walked, compiled, inexact, recorded
 from memcompile.fidelity.subject import Ran, Subject
-from memcompile.fidelity.values import apart
+from memcompile.fidelity.values import apart, under
 from memcompile.options import Options
 from memcompile.registry import resolve, spell
 from memcompile.testing.numbers import norms
@@ -17,8 +19,9 @@ from memcompile.watch import Seen
 
 #: So many nodes are told.
 WORST = 10
-#: A tensor whose norm is below this share of its group's largest is judged by that.
-FLOOR = 1e-4
+#: Of those that bring at least this share of what the worst brings, those stand first whose own
+#: value is wrong by more than its dtype rounds: others only feed what cancels.
+SHARE = 0.1
 
 
 def check(model: Any, *inputs: Any, loss: Any = None, **options: Any) -> Fidelity:
@@ -46,14 +49,16 @@ def check(model: Any, *inputs: Any, loss: Any = None, **options: Any) -> Fidelit
     parsed = Options.parse(options)
     passes = resolve(parsed.passes)
     subject = Subject(model, inputs, loss)
+    as_eager = _torch.inductor_config.fallback_random or parsed.inductor.get("fallback_random")
+    table = None if as_eager else usual_decompositions()
     with _torch.inductor_config.patch(fallback_random=True):
-        eager, exact = subject.eager(), subject.reference()
-        missed = subject.draws.missed
-        plain, known = recorded(subject)
+        eager = subject.eager({} if as_eager else extra_random_decomps)
+        exact, missed = subject.reference(), subject.draws.missed
+        plain, known = recorded(subject, table)
         if parsed.lower == "inductor":
-            patches = {**_torch.mode_patches(parsed.mode), **parsed.inductor}
-            plain = subject.compiled("inductor", options=patches)
-        ours, graphs = compiled(subject, options)
+            alone: dict[str, Any] = {"inductor": parsed.inductor, "mode": parsed.mode, "passes": []}
+            plain, _ = compiled(subject, alone, {}, table)
+        ours, graphs = compiled(subject, options, None, table)
     nodes, notes = _worst(graphs, known, passes)
     if missed:
         notes.append(f"{missed} random draws of float64 were its own: they are no op of torch's")
@@ -71,15 +76,13 @@ def check(model: Any, *inputs: Any, loss: Any = None, **options: Any) -> Fidelit
 
 def compare(exact: Ran, eager: Ran, plain: Ran, ours: Ran) -> tuple[Compared, ...]:
     """Each tensor's error under each way to run the step."""
-    scales = norms(exact.results)
     rows = []
     for wanted, *others in zip(
         exact.results, eager.results, plain.results, ours.results, strict=True
     ):
-        scale = scales[wanted.group]
+        scale = exact.scale(wanted)
         one, two, three = (apart(other.value, wanted.value, scale) for other in others)
-        norm = norms([wanted])[wanted.group]
-        below = norm < FLOOR * scale or norm == 0
+        norm, below = norms([wanted])[wanted.group], under(wanted, scale)
         rows.append(Compared(wanted.group, wanted.label, norm, one, two, three, below))
     return tuple(rows)
 
@@ -91,5 +94,11 @@ def _worst(
     walked = Walked(graphs, known, passes)
     if not walked.found:
         walked = Walked(graphs, known, passes, all_nodes=True)
-    order = sorted(walked.found, key=lambda each: -each[1].error)
+    most = max((one.error for _, one in walked.found), default=0.0)
+
+    def rank(each: tuple[int, Candidate]) -> tuple[bool, float]:
+        one = each[1]
+        return not (one.broken and one.error >= SHARE * most), -one.error
+
+    order = sorted(walked.found, key=rank)
     return tuple(walked.row(*each) for each in order[:WORST]), walked.notes

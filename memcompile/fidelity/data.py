@@ -9,8 +9,8 @@ import dataclasses
 class Compared:
     """One tensor that the step computes, under each way to run it.
 
-    Errors are relative to float64: the norm of the difference over that of the tensor, or over
-    1e-4 of the largest norm in its group where that is more.
+    Errors are relative to float64: the norm of the difference over that of the tensor; of a
+    gradient over 1e-4 of the largest gradient's norm where that is more.
     """
 
     group: str  #: "loss", "output" or "gradient"
@@ -19,7 +19,7 @@ class Compared:
     eager: float
     inductor: float  #: under ``lower="eager"``: Inductor's graphs, run op by op
     memopt: float
-    below: bool = False  #: under the floor: zero, or small beside the largest of its group
+    below: bool = False  #: zero, or under the floor: told, and counted nowhere
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,23 +64,24 @@ class Fidelity:
 
     @property
     def error(self) -> float:
-        """Largest error of memopt's loss, outputs and gradients."""
-        return max((each.memopt for each in self.tensors), default=0.0)
+        """Largest error of memopt's loss, outputs and gradients, those under the floor aside."""
+        return max((t.memopt for t in self.tensors if not t.below), default=0.0)
 
     @property
     def grad_error(self) -> float:
         """Largest error of its gradients."""
-        return max((t.memopt for t in self.tensors if t.group == "gradient"), default=0.0)
+        gradients = [t for t in self.tensors if t.group == "gradient" and not t.below]
+        return max((t.memopt for t in gradients), default=0.0)
 
     @property
     def eager(self) -> float:
         """Largest error of eager's loss, outputs and gradients."""
-        return max((each.eager for each in self.tensors), default=0.0)
+        return max((t.eager for t in self.tensors if not t.below), default=0.0)
 
     @property
     def inductor(self) -> float:
         """Largest error of Inductor's."""
-        return max((each.inductor for each in self.tensors), default=0.0)
+        return max((t.inductor for t in self.tensors if not t.below), default=0.0)
 
     @property
     def worst(self) -> NodeError | None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx
+from torch.overrides import TorchFunctionMode
 
 from memcompile import _torch
-from memcompile._torch.modes import TorchDispatchMode
+from memcompile._torch.modes import TorchDispatchMode, enable_python_dispatcher
 from memcompile.testing.numbers import own, wide
 
 #: Ops tagged as random that do more than draw: they draw inside themselves.
@@ -35,16 +38,38 @@ class Draws:
         return None
 
 
-class Recorded(TorchDispatchMode):
-    """Runs as ever, and keeps each draw."""
+class Dropouts(TorchFunctionMode):
+    """Has dropouts run as the one op that they are traced as."""
 
-    def __init__(self, draws: Draws) -> None:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The function; a dropout as a compiler sees it."""
+        traced = "dropout" in getattr(func, "__name__", "") or (
+            func is torch.nn.functional.scaled_dot_product_attention
+            and (args[4] if len(args) > 4 else (kwargs or {}).get("dropout_p", 0.0))
+        )
+        with enable_python_dispatcher() if traced else contextlib.nullcontext():
+            return func(*args, **(kwargs or {}))
+
+
+class Recorded(TorchDispatchMode):
+    """Runs as ever, and keeps each draw.
+
+    Args:
+        draws: where they are kept.
+        table: how compiled code draws, by op; empty: as eager code does.
+    """
+
+    def __init__(self, draws: Draws, table: Mapping[Any, Any]) -> None:
         super().__init__()
-        self.draws = draws
+        self.draws, self.table = draws, table
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The op itself; what it drew is kept."""
-        result = op(*args, **(kwargs or {}))
+        result = NotImplemented
+        if op in self.table and is_draw(op):
+            result = self.table[op](*args, **(kwargs or {}))
+        if result is NotImplemented:
+            result = op(*args, **(kwargs or {}))
         if is_draw(op):
             self.draws.drawn.append((op, own(_drawn(op, result))))
         return result

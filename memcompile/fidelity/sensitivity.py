@@ -18,10 +18,10 @@ from torch import fx
 
 from memcompile.analysis.cost import calibrate, node_seconds
 from memcompile.fidelity.align import Pairs, dtypes, through_rewrites
-from memcompile.fidelity.values import Env, apart, error, in_double, is_drawn, is_float
+from memcompile.fidelity.values import Env, apart, error, in_double, is_drawn, is_float, under
 from memcompile.fidelity.walk import Added, Walk, early_and_late
 from memcompile.step import Step
-from memcompile.testing.numbers import Result, norms
+from memcompile.testing.numbers import Result, epsilon, norms
 
 #: So many candidates, or groups of them, are measured one by one.
 PROBES = 64
@@ -44,6 +44,12 @@ class Candidate:
     grad_error: float = 0.0
     amplified: fx.Node | None = None  #: where it grows beyond what its own value has
     factor: float = 1.0
+
+    @property
+    def broken(self) -> bool:
+        """Whether the culprit adds more than roundings of its dtype: a cancellation, a codec."""
+        value = self.culprit.node.meta.get("val")
+        return self.culprit.local > JUMP * epsilon(value)
 
 
 def candidates(walked: Walk, inexact: bool) -> list[Candidate]:
@@ -186,9 +192,10 @@ def measure(walked: Walk, found: Sequence[Candidate], probes: int = PROBES) -> l
     single, rest = order[: probes // 2], order[probes // 2 :]
     share = -(-len(rest) // max(1, probes - len(single))) or 1
     joined = [_joined(rest[at : at + share]) for at in range(0, len(rest), share)]
+    again = walked.again & step.sides.early
     with torch.random.fork_rng(), torch.no_grad():
         for one in (*single, *joined):
-            _probe(step, walked.exact, one)
+            _probe(step, walked, again, one)
     return [*single, *joined]
 
 
@@ -207,28 +214,39 @@ def _joined(several: Sequence[Candidate]) -> Candidate:
     )
 
 
-def _probe(step: Step, exact: Env, one: Candidate) -> None:
-    """Put the candidate's error into the exact step, and compare what comes out."""
-    late = {node: exact[node] + gap for (node, only), gap in one.gaps.items() if only}
+def _probe(step: Step, walked: Walk, again: set[fx.Node], one: Candidate) -> None:
+    """Put the candidate's error into the exact step, and compare what comes out.
+
+    What only the backward reads otherwise is read so by late nodes, and by the early ones that
+    the backward runs ``again``.
+    """
+    exact = walked.exact
+    late: Env = {node: exact[node] + gap for (node, only), gap in one.gaps.items() if only}
     env: Env = {node: exact[node] + gap for (node, only), gap in one.gaps.items() if not only}
-    grown: dict[fx.Node, float] = {node: error(value, exact[node]) for node, value in late.items()}
     for node in step.nodes:
-        if node in env:
-            grown[node] = error(env[node], exact[node])
-            continue
         if node.op != "call_function" or is_drawn(node):
             continue
-        changed = late if node in step.sides.late else {}
-        read = [arg for arg in node.all_input_nodes if arg in env or arg in changed]
-        if not read:
-            continue
-        given = _Given(changed, env, exact)
-        env[node] = in_double(node, given, step.module)
-        grown[node] = error(env[node], exact[node])
-        before = max(grown[arg] for arg in read)
-        if before > 0 and grown[node] < NOISE and grown[node] / before > max(JUMP, one.factor):
-            one.amplified, one.factor = node, grown[node] / before
+        early = node in step.sides.early
+        for changed, levels in ((env, (env, exact)), (late, (late, env, exact))):
+            if node in changed or (changed is late and (not early or node not in again)):
+                continue
+            given = _Given(*(levels if early else (late, env, exact)))
+            read = [arg for arg in node.all_input_nodes if given.changed(arg)]
+            if changed is late and not any(arg in late for arg in read):
+                continue
+            if read:
+                changed[node] = in_double(node, given, step.module)
+                _note(one, node, changed[node], given, read)
     one.error, one.grad_error = _errors(step, {**late, **env}, exact)
+
+
+def _note(one: Candidate, node: fx.Node, value: Any, given: _Given, read: list[fx.Node]) -> None:
+    """Keep where the error grows most."""
+    exact = given.levels[-1]
+    before = max(error(given[arg], exact[arg]) for arg in read)
+    after = error(value, exact[node])
+    if before > 0 and after < NOISE and after / before > max(JUMP, one.factor):
+        one.amplified, one.factor = node, after / before
 
 
 class _Given(Mapping[fx.Node, Any]):
@@ -240,6 +258,10 @@ class _Given(Mapping[fx.Node, Any]):
     def __getitem__(self, node: fx.Node) -> Any:
         return next(level[node] for level in self.levels if node in level)
 
+    def changed(self, node: fx.Node) -> bool:
+        """Whether it reads something else there than what is exact."""
+        return any(node in level for level in self.levels[:-1])
+
     def __iter__(self) -> Any:
         return iter(self.levels[-1])
 
@@ -249,16 +271,17 @@ class _Given(Mapping[fx.Node, Any]):
 
 def _errors(step: Step, env: Env, exact: Env) -> tuple[float, float]:
     """The largest relative error of an output or gradient, and of a gradient."""
-    groups = {"output": step.node_outputs(), "gradient": step.gradient_nodes()}
-    largest = dict.fromkeys(groups, 0.0)
-    for group, nodes in groups.items():
-        wanted = [node for node in nodes if is_float(exact[node])]
-        scale = norms(Result(group, node.name, exact[node]) for node in wanted).get(group, 0.0)
-        for node in wanted:
-            if node in env:
-                found = apart(env[node], exact[node], scale)
-                largest[group] = max(largest[group], found)
-    return max(largest.values()), largest["gradient"]
+    results = [Result("output", n.name, exact[n]) for n in step.node_outputs()]
+    results += [Result("gradient", n.name, exact[n]) for n in step.gradient_nodes()]
+    nodes = [*step.node_outputs(), *step.gradient_nodes()]
+    largest = norms(result for result in results if is_float(result.value))
+    worst = {"output": 0.0, "gradient": 0.0}
+    for node, result in zip(nodes, results, strict=True):
+        scale = largest.get("gradient", 0.0) if result.group == "gradient" else 0.0
+        if node in env and is_float(result.value) and not under(result, scale):
+            found = apart(env[node], result.value, scale)
+            worst[result.group] = max(worst[result.group], found)
+    return max(worst.values()), worst["gradient"]
 
 
 # -- which to keep ----------------------------------------------------------------------------

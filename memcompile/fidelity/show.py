@@ -71,15 +71,25 @@ def _tensors(title: str, tensors: Sequence[Compared]) -> Table:
 def _nodes(title: str, nodes: Sequence[NodeError]) -> Table:
     rows = tuple(
         (
-            f"{each.node} ({each.dtype})",
+            _named(each),
             *(f"{e:.2g}" for e in (each.local, each.total, each.error, each.grad_error)),
             f"{size(each.bytes)}, {change(-each.seconds)}",
-            "; ".join(filter(None, [each.source, each.by, _led(each)])),
+            "; ".join(filter(None, [each.source, _pass(each), _led(each)])),
         )
         for each in nodes
     )
     columns = ("node", "adds", "has", "brings", "to gradients", "buys", "where")
     return Table(title, columns, rows, columns[1:5])
+
+
+def _named(node: NodeError) -> str:
+    """The node, and what it stands for where that has another name."""
+    stands = f" for {', '.join(node.names[:3])}" if node.node not in node.names else ""
+    return f"{node.node} ({node.dtype}){stands}"
+
+
+def _pass(node: NodeError) -> str:
+    return node.by.split("{", 1)[0]
 
 
 def _led(node: NodeError) -> str:

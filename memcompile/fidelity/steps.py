@@ -17,7 +17,7 @@ from memcompile.fidelity.sensitivity import Candidate, candidates, measure
 from memcompile.fidelity.subject import Ran, Subject
 from memcompile.fidelity.walk import arguments_of, fed_by, walk
 from memcompile.registry import spell
-from memcompile.step import source_line
+from memcompile.step import module_names, source_line
 from memcompile.watch import Seen, Watch, watching
 
 #: By the key of a graph: the names of its nodes that stay exact.
@@ -25,7 +25,10 @@ Exact = Mapping[str, frozenset[str]]
 
 
 def compiled(
-    subject: Subject, options: Mapping[str, Any], exact: Exact | None = None
+    subject: Subject,
+    options: Mapping[str, Any],
+    exact: Exact | None = None,
+    decompositions: dict[Any, Any] | None = None,
 ) -> tuple[Ran, list[Seen]]:
     """One step under memopt, and its graphs.
 
@@ -33,18 +36,21 @@ def compiled(
         subject: the step.
         options: memopt's.
         exact: nodes that stay exact; ``None``: those that were decided before.
+        decompositions: to trace with; ``None``: Inductor's choice.
     """
     with (
-        watching(Watch(exact)) as watch,
+        watching(Watch(exact, decompositions)) as watch,
         _torch.functorch_config.patch(enable_autograd_cache=False),
     ):
         ran = subject.compiled("memopt", options=dict(options))
     return ran, [seen for seen in watch.graphs if seen.forward is not None]
 
 
-def recorded(subject: Subject) -> tuple[Ran, list[Seen]]:
+def recorded(
+    subject: Subject, decompositions: dict[Any, Any] | None = None
+) -> tuple[Ran, list[Seen]]:
     """The step without any pass, op by op: with what each graph is called."""
-    return compiled(subject, {"lower": "eager", "passes": []}, {})
+    return compiled(subject, {"lower": "eager", "passes": []}, {}, decompositions)
 
 
 def inexact(passes: Sequence[Pass]) -> list[Pass]:
@@ -129,7 +135,8 @@ def _at(node: fx.Node) -> str:
 
 
 def _source(node: fx.Node, one: Candidate) -> str:
-    """The node's own source line, or that of what it stands for."""
-    stands = [old for old, _ in one.gaps]
-    lines = [source_line(node), *map(source_line, stands)]
+    """The node's own source line, or that of what it stands for; else their module."""
+    nodes = [node, *(old for old, _ in one.gaps)]
+    modules = [module_names(each) for each in nodes]
+    lines = [*map(source_line, nodes), *(f"module {names[-2]}" for names in modules if names[1:])]
     return next((line for line in lines if line), "")

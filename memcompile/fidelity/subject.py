@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from torch import nn
 from memcompile import _torch
 from memcompile._torch.modes import copy_marks, tree_flatten, tree_unflatten
 from memcompile.errors import FidelityError
-from memcompile.fidelity.reference import Draws, Recorded, Widened
-from memcompile.testing.numbers import Result, wide
+from memcompile.fidelity.reference import Draws, Dropouts, Recorded, Widened
+from memcompile.testing.numbers import Result, norms, wide
 
 #: How a loss is made where none is given.
 OUTPUT = "the output itself"
@@ -29,9 +29,11 @@ class Ran:
 
     results: list[Result]  #: in groups: "loss", "output", "gradient"
 
-    @property
-    def gradients(self) -> list[Result]:
-        return [result for result in self.results if result.group == "gradient"]
+    def scale(self, result: Result) -> float:
+        """What a tensor's floor is a share of: the largest gradient. Others have no floor."""
+        if result.group != "gradient":
+            return 0.0
+        return norms(r for r in self.results if r.group == "gradient")["gradient"]
 
 
 class Subject:
@@ -52,10 +54,13 @@ class Subject:
 
     # -- ways to run ----------------------------------------------------------------------
 
-    def eager(self) -> Ran:
-        """In the model's own precision; its draws are kept for :meth:`reference`."""
+    def eager(self, table: Mapping[Any, Any]) -> Ran:
+        """In the model's own precision; its draws are kept for :meth:`reference`.
+
+        ``table`` says how compiled code draws.
+        """
         self.draws = Draws()
-        return self.run(lambda call: call, Recorded(self.draws))
+        return self.run(lambda call: call, Recorded(self.draws, table))
 
     def reference(self) -> Ran:
         """In float64, with the draws of :meth:`eager`."""
@@ -92,7 +97,11 @@ class Subject:
             wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
             torch.manual_seed(0)
             gradients: tuple[Any, ...] = ()
-            with mode or contextlib.nullcontext():
+            modes = contextlib.ExitStack()
+            if mode is not None:
+                modes.enter_context(Dropouts())
+                modes.enter_context(mode)
+            with modes:
                 outputs = wrap(call)(*inputs)
                 loss = self._scalar(outputs)
                 if loss is not None and loss.requires_grad and wanted:

@@ -11,7 +11,10 @@ import torch
 from torch import fx
 
 from memcompile.analysis.ops import is_random, op_name
-from memcompile.testing.numbers import own, relative, wide
+from memcompile.testing.numbers import Result, norms, own, relative, wide
+
+#: A gradient whose norm is below this share of the largest one's is judged by that share.
+FLOOR = 1e-4
 
 Env = dict[fx.Node, Any]
 
@@ -52,6 +55,16 @@ def apart(value: Any, exact: Any, scale: float) -> float:
     """:func:`relative`, where a number that is none is infinitely far from one that is."""
     found = relative(value, exact, scale)
     return math.inf if math.isnan(found) else found
+
+
+def under(result: Result, scale: float) -> bool:
+    """Whether a tensor is zero, or under the floor of its group.
+
+    What it is off by is then told beside the floor, and counts for nothing: gradients that
+    are zero but for rounding have no digit to lose.
+    """
+    norm = norms([result])[result.group]
+    return norm == 0 or norm < FLOOR * scale
 
 
 def is_float(value: Any) -> bool:

@@ -51,6 +51,14 @@ class Walk:
     exact: Env  #: of the joint graph: each value in float64
     added: list[Added]
 
+    @property
+    def again(self) -> set[fx.Node]:
+        """Nodes of the joint graph that run again in the backward, on what it is given."""
+        if self.seen.backward is None:
+            return set()
+        nodes = [n for n in self.seen.backward.graph.nodes if n.op == "call_function"]
+        return {self.pairs[node] for node in nodes if node in self.pairs}
+
 
 def walk(seen: Seen, arguments: dict[str, Any]) -> Walk:
     """Walk over one graph.
