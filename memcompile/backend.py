@@ -136,11 +136,13 @@ class _Job:
 
     def _graph_key(self) -> str:
         """Names this captured graph, its inputs and options: where its report is stored."""
-        return _digest(self.key, self.code)[:40]
+        described = [_torch.describe(value) for value in self.example_inputs]
+        return _digest(self.key, str(self.gm.code), *described)[:40]
 
     def _code(self) -> str:
-        """Names what Dynamo captured: its code and its inputs."""
-        described = [_torch.describe(value) for value in self.example_inputs]
+        """Names what Dynamo captured: its code and its inputs, symbolic sizes as symbols."""
+        given = zip(self.gm.graph.find_nodes(op="placeholder"), self.example_inputs, strict=False)
+        described = [_torch.describe(n.meta.get("example_value", value)) for n, value in given]
         return _digest(str(self.gm.code), *described)
 
     def _decision_key(self, passes: Sequence[Pass]) -> str:
@@ -235,11 +237,13 @@ class _Job:
 
     def rewrite(self, gm: fx.GraphModule) -> None:
         """Run the rewrites on a joint graph; called by torch, before Inductor's own passes."""
-        before = None if self.watch is None else _torch.copy_graph(gm)
-        self.pipeline.rewrite(gm)
-        if self.watch is not None and before is not None:
-            exact = self.pipeline.context.exact
-            self.watch.rewritten(self.decision_key, self.code, before, gm, exact)
+        if self.watch is None:
+            self.pipeline.rewrite(gm)
+            return
+        exact = self.pipeline.context.exact
+        seen = self.watch.starts(self.decision_key, self.code, gm, exact)
+        self.pipeline.rewrite(gm, seen.changed)
+        seen.done(gm)
 
     def partition(
         self,

@@ -16,8 +16,11 @@ import torch
 from torch import fx
 
 from memcompile import _torch
+from memcompile.contract import Pass
 from memcompile.decided import Decision
+from memcompile.registry import spell
 from memcompile.report import MoveRow
+from memcompile.step import tensors
 
 #: Where a node of a rewritten graph keeps its name, for the graphs that are made of it.
 TAG = "memcompile_name"
@@ -31,12 +34,42 @@ class Seen:
     code: str  #: of what Dynamo captured: the same for every set of passes
     joint: fx.GraphModule
     rewritten: fx.GraphModule
+    exact: frozenset[str]  #: names of nodes that no pass may change
+    by: dict[str, str] = dataclasses.field(default_factory=dict)  #: the rewrite of each node
     num_outputs: int = 0
     forward: fx.GraphModule | None = None
     backward: fx.GraphModule | None = None
     moves: tuple[MoveRow, ...] = ()  #: of inexact passes
-    exact: frozenset[str] = frozenset()  #: names of nodes that no pass may change
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)  #: by placeholder
+
+    def changed(self, by: Pass, module: fx.GraphModule) -> None:
+        """Note what a rewrite has made of the graph: which nodes it runs otherwise."""
+        was, now = _signatures(self.rewritten), _signatures(module)
+        for name, signature in was.items():
+            if now.get(name) != signature:
+                self.by.setdefault(name, spell(by))
+        self.rewritten = _torch.copy_graph(module)
+
+    def done(self, module: fx.GraphModule) -> None:
+        """Note the graph that the rewrites are done with, and name its nodes."""
+        for node in module.graph.nodes:
+            node.meta[TAG] = node.name
+        self.rewritten = _torch.copy_graph(module)
+
+
+def signature(node: fx.Node) -> str:
+    """What a node computes, but for where its arguments come from."""
+    args = fx.node.map_arg((node.args, node.kwargs), lambda arg: str(dtypes(arg)))
+    return f"{node.target} {dtypes(node)} {args}"
+
+
+def dtypes(node: fx.Node) -> tuple[torch.dtype, ...]:
+    """The dtypes of the tensors a node gives."""
+    return tuple(tensor.dtype for tensor in tensors(node))
+
+
+def _signatures(module: fx.GraphModule) -> dict[str, str]:
+    return {n.name: signature(n) for n in module.graph.nodes if n.op == "call_function"}
 
 
 class Watch:
@@ -62,18 +95,11 @@ class Watch:
         found = self.exact.get(key)
         return None if found is None else Decision(found)
 
-    def rewritten(
-        self,
-        key: str,
-        code: str,
-        joint: fx.GraphModule,
-        after: fx.GraphModule,
-        exact: frozenset[str],
-    ) -> None:
-        """Note a graph that the rewrites are done with."""
-        for node in after.graph.nodes:
-            node.meta[TAG] = node.name
-        self.graphs.append(Seen(key, code, joint, _torch.copy_graph(after), exact=exact))
+    def starts(self, key: str, code: str, joint: fx.GraphModule, exact: frozenset[str]) -> Seen:
+        """Note a graph before any pass."""
+        copied = _torch.copy_graph(joint)
+        self.graphs.append(Seen(key, code, copied, copied, exact))
+        return self.graphs[-1]
 
     def planned(
         self,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import fx
 
 from memcompile.analysis.ops import op_name
@@ -99,11 +98,6 @@ def is_cast(node: fx.Node) -> bool:
 def shapes(node: fx.Node) -> list[tuple[str, ...]]:
     """The shapes of the tensors a node gives."""
     return [tuple(map(str, tensor.shape)) for tensor in tensors(node)]
-
-
-def dtypes(node: fx.Node) -> tuple[torch.dtype, ...]:
-    """Their dtypes."""
-    return tuple(tensor.dtype for tensor in tensors(node))
 
 
 def _by_name(graph: fx.Graph) -> dict[str, fx.Node]:

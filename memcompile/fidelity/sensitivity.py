@@ -10,6 +10,7 @@ other casts nor rounding, and each takes a part of one step and no compilation.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,18 +18,19 @@ import torch
 from torch import fx
 
 from memcompile.analysis.cost import calibrate, node_seconds
-from memcompile.fidelity.align import Pairs, dtypes, through_rewrites
+from memcompile.fidelity.align import Pairs, through_rewrites
 from memcompile.fidelity.values import Env, apart, error, in_double, is_drawn, is_float, under
 from memcompile.fidelity.walk import Added, Walk, early_and_late
 from memcompile.step import Step
 from memcompile.testing.numbers import Result, epsilon, norms
+from memcompile.watch import signature
 
 #: So many candidates, or groups of them, are measured one by one.
 PROBES = 64
 #: An error is amplified where it grows by this factor from what a node reads to what it gives.
 JUMP = 8.0
-#: Above this relative error a value is zero but for rounding, and says nothing.
-NOISE = 1e3
+#: A value so much smaller than what it is made of is zero but for rounding, and says nothing.
+NOISE = 1e-9
 
 
 @dataclasses.dataclass
@@ -119,7 +121,7 @@ def _groups(
         same = [new for new in now.get(old, []) if new.target == old.target]
         if not same:
             gone.add(old)
-        elif all(_signature(new) != _signature(old) for new in same):
+        elif all(signature(new) != signature(old) for new in same):
             groups[old.name] = (old.name,)
     for group in _connected(gone):
         groups |= dict.fromkeys(group, group)
@@ -153,12 +155,6 @@ def _connected(nodes: set[fx.Node]) -> list[tuple[str, ...]]:
                     todo.append(other)
         found.append(tuple(sorted(group)))
     return found
-
-
-def _signature(node: fx.Node) -> str:
-    """What a node computes, but for where its arguments come from."""
-    args = fx.node.map_arg((node.args, node.kwargs), lambda arg: str(dtypes(arg)))
-    return f"{node.target} {dtypes(node)} {args}"
 
 
 def _gain(walked: Walk, names: Sequence[str], now: Mapping[str, fx.Node]) -> tuple[int, float]:
@@ -245,8 +241,15 @@ def _note(one: Candidate, node: fx.Node, value: Any, given: _Given, read: list[f
     exact = given.levels[-1]
     before = max(error(given[arg], exact[arg]) for arg in read)
     after = error(value, exact[node])
-    if before > 0 and after < NOISE and after / before > max(JUMP, one.factor):
+    if min((_mean_size(exact[arg]) for arg in read), default=0.0) * NOISE > _mean_size(exact[node]):
+        return
+    if before > 0 and math.isfinite(after) and after / before > max(JUMP, one.factor):
         one.amplified, one.factor = node, after / before
+
+
+def _mean_size(value: Any) -> float:
+    """The root mean square of a tensor of floats."""
+    return float(value.abs().square().mean().sqrt()) if is_float(value) and value.numel() else 0.0
 
 
 class _Given(Mapping[fx.Node, Any]):

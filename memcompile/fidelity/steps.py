@@ -10,15 +10,14 @@ from torch import fx
 
 from memcompile import _torch
 from memcompile.analysis.ops import op_name
-from memcompile.contract import Pass, Rewrite
-from memcompile.fidelity.align import dtypes
+from memcompile.contract import Pass
 from memcompile.fidelity.data import NodeError
 from memcompile.fidelity.sensitivity import Candidate, candidates, measure
 from memcompile.fidelity.subject import Ran, Subject
 from memcompile.fidelity.walk import arguments_of, fed_by, walk
 from memcompile.registry import spell
 from memcompile.step import module_names, source_line
-from memcompile.watch import Seen, Watch, watching
+from memcompile.watch import Seen, Watch, dtypes, watching
 
 #: By the key of a graph: the names of its nodes that stay exact.
 Exact = Mapping[str, frozenset[str]]
@@ -75,7 +74,8 @@ class Walked:
         passes: Sequence[Pass],
         all_nodes: bool = False,
     ) -> None:
-        self.rewrites = [spell(each) for each in inexact(passes) if isinstance(each, Rewrite)]
+        names = {spell(each) for each in inexact(passes)}
+        self.rewrites = [{n: by for n, by in s.by.items() if by in names} for s in graphs]
         self.graphs = graphs
         self.found: list[tuple[int, Candidate]] = []
         self.notes: list[str] = []
@@ -97,7 +97,8 @@ class Walked:
         node = added.node
         cast = fed_by(node)
         moves = {move.value: move.by for move in self.graphs[place].moves}
-        by = next((moves[name] for name in one.names if name in moves), "")
+        owners = {**self.rewrites[place], **moves}
+        by = next((owners[name] for name in one.names if name in owners), "")
         grown = one.amplified
         return NodeError(
             node=node.name,
@@ -109,24 +110,13 @@ class Walked:
             error=one.error,
             grad_error=one.grad_error,
             names=one.names,
-            by=by or (", ".join(self.rewrites) if self._changed(place, one) else ""),
+            by=by,
             fed_by=_at(cast) if cast is not None else "",
             amplified=f"{one.factor:.2g}x at {_at(grown)}" if grown is not None else "",
             bytes=one.bytes,
             seconds=one.seconds,
             graph=place,
         )
-
-    def _changed(self, place: int, one: Candidate) -> bool:
-        now = {node.name: node for node in self.graphs[place].rewritten.graph.nodes}
-        was = {node.name: node for node in self.graphs[place].joint.graph.nodes}
-        return any(
-            name not in now or dtypes(now[name]) != dtypes(was[name]) for name in one.names
-        ) or any(name in was and _reads(was[name]) != _reads(now[name]) for name in one.names)
-
-
-def _reads(node: fx.Node) -> list[Any]:
-    return [dtypes(arg) for arg in node.all_input_nodes]
 
 
 def _at(node: fx.Node) -> str:
