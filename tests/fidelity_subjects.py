@@ -25,7 +25,7 @@ def put(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
 
 
 def to(graph: fx.Graph, value: fx.Node, dtype: torch.dtype) -> fx.Node:
-    return put(graph, aten._to_copy.default, value, dtype=dtype)
+    return put(graph, torch.ops.prims.convert_element_type.default, value, dtype)
 
 
 @dataclasses.dataclass(frozen=True)

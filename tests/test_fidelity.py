@@ -74,7 +74,7 @@ def test_a_naive_variance_is_found_by_node_and_line() -> None:
     assert worst is not None and worst.node.startswith("sub") and worst.names == ("var",)
     assert worst.source.startswith(line("the variance's line"))
     assert worst.local > 0.05 and worst.dtype == "bfloat16"  # of bf16's own 0.004
-    assert worst.by == "naive_variance" and worst.fed_by.startswith("_to_copy")
+    assert worst.by == "naive_variance" and worst.fed_by.startswith("convert_element_type")
     assert found.passes == ("naive_variance",)
     text = str(found)
     assert worst.node in text and "naive_variance" in text and "0.weight" in text
@@ -85,7 +85,9 @@ def test_a_difference_of_coordinates_is_found_by_node_and_line() -> None:
     worst = found.worst
     assert worst is not None and worst.names == ("sub",) and worst.op == "sub"
     assert worst.source.startswith(line("the coordinates' line"))
-    assert worst.local > 0.1 and worst.total > 0.1 and worst.fed_by.startswith("_to_copy")
+    assert (
+        worst.local > 0.1 and worst.total > 0.1 and worst.fed_by.startswith("convert_element_type")
+    )
     others = [each for each in found.nodes if each.op == "mul"]
     assert others and all(each.local < 0.01 for each in others)
     assert max(each.total for each in others) > 0.1, "what they have they inherit"
@@ -346,12 +348,9 @@ def test_a_plan_that_was_not_measured_says_so() -> None:
 def test_both_graphs_of_a_broken_step_are_calibrated() -> None:
     torch.manual_seed(0)
     model, inputs = Odd(broken=True), (rows(16, 8), {"bias": rows(8)})
-    options = {"passes": [Low(("mm", "addmm"))], "lower": "eager"}
-    loose = calibrate(model, *inputs, max_error=0.5, **options)
-    assert loose.exact == () and loose.graphs == 2
-    tight = calibrate(model, *inputs, max_error=1e-6, **options)
-    assert {row.graph for row in tight.exact} == {0, 1} and tight.error <= 1e-6
-    assert len(list(calibrations_folder().glob("*.json"))) == 2
+    done = calibrate(model, *inputs, max_error=1e-6, passes=[Low(("addmm",))], lower="eager")
+    assert {row.graph for row in done.exact} == {0, 1} and done.error <= 1e-6
+    assert len(list(calibrations_folder().glob("*.json"))) == done.graphs == 2
 
 
 def test_an_unscaled_codec_is_refused_and_repaired() -> None:
@@ -402,12 +401,12 @@ def test_most_bytes_for_least_error_stay() -> None:
 
 
 def test_few_steps_are_run() -> None:
-    model, x = layers(8), rows(32, 16)
-    done = calibrate(model, x, passes=[Low()], max_grad_error=2e-3, **EAGER)
+    model, x = layers(6), rows(32, 16)
+    done = calibrate(model, x, passes=[Low()], max_grad_error=1e-2, **EAGER)
     graphs = compiled(Subject(model, (x,)), {**EAGER, "passes": [Low()]}, {})[1]
-    assert sum("mm" in node.name for node in graphs[0].joint.graph.nodes) >= 20
-    assert len(done.exact) > 0 and done.grad_error <= 2e-3 < done.before[1]
-    assert done.steps <= 10
+    assert sum("mm" in node.name for node in graphs[0].joint.graph.nodes) >= 17
+    assert 0 < len(done.exact) <= 6 and done.grad_error <= 1e-2 < done.before[1]
+    assert done.steps <= 7
 
 
 def test_what_each_node_brings_adds_up() -> None:
@@ -470,9 +469,10 @@ def test_another_process_reads_the_decision(tmp_path: Path) -> None:
 def test_under_inductor() -> None:
     model, x, passes = normed(), rows(64, 16), [NaiveVariance()]
     found = check(model, x, passes=passes)
-    assert found.lower == "inductor" and found.inductor < 1e-4 < 0.05 < found.error
+    # Kernels keep in fp32 what stays inside them: much of the fault is fused away.
+    assert found.lower == "inductor" and found.inductor < 1e-5 < 1e-4 < found.error
     assert found.worst is not None and found.worst.names == ("var",)
-    done = calibrate(model, x, passes=passes, max_error=1e-3)
-    assert [row.names for row in done.exact] == [("var",)] and done.error <= 1e-3
+    done = calibrate(model, x, passes=passes, max_error=1e-4)
+    assert [row.names for row in done.exact] == [("var",)] and done.error <= 1e-4
     again = check(model, x, passes=passes)
     assert again.exact == ("var",) and again.error <= 2 * max(again.inductor, again.eager)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import collections
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from memcompile.decided import Decision, save
 from memcompile.errors import BudgetError, FidelityError
 from memcompile.fidelity.data import Calibration, NodeError
-from memcompile.fidelity.sensitivity import Candidate, worst_first
+from memcompile.fidelity.sensitivity import Candidate, together, worst_first
 from memcompile.fidelity.steps import Walked, compiled, inexact, recorded
 from memcompile.fidelity.subject import Ran, Subject
 from memcompile.fidelity.values import apart, under
@@ -212,8 +211,9 @@ class _Search:
 
     def _together(self, left: Sequence[Placed]) -> float:
         """What candidates bring together, each independent of the others, over the bound."""
-        error = math.hypot(*(one.error for _, one in left))
-        grad_error = math.hypot(*(one.grad_error for _, one in left))
+        graphs = {at: [one for place, one in left if place == at] for at, _ in left}
+        error = max((together(each, False) for each in graphs.values()), default=0.0)
+        grad_error = max((together(each, True) for each in graphs.values()), default=0.0)
         return min(self._ratio(error, grad_error), MOST)
 
     def under_the_floor(self) -> list[str]:

@@ -42,10 +42,19 @@ class Candidate:
     gaps: dict[tuple[fx.Node, bool], Any]  #: the error at each, by node and whether late only
     bytes: int = 0  #: gained by leaving it inexact, predicted
     seconds: float = 0.0
-    error: float = 0.0  #: brought to the loss, an output or a gradient; relative
-    grad_error: float = 0.0
+    errors: dict[tuple[str, str], float] = dataclasses.field(default_factory=dict)  #: it brings
     amplified: fx.Node | None = None  #: where it grows beyond what its own value has
     factor: float = 1.0
+
+    @property
+    def error(self) -> float:
+        """The largest relative error that it brings to an output or a gradient."""
+        return max(self.errors.values(), default=0.0)
+
+    @property
+    def grad_error(self) -> float:
+        """The largest that it brings to a gradient."""
+        return max((e for (group, _), e in self.errors.items() if group == "gradient"), default=0.0)
 
     @property
     def broken(self) -> bool:
@@ -233,7 +242,7 @@ def _probe(step: Step, walked: Walk, again: set[fx.Node], one: Candidate) -> Non
             if read:
                 changed[node] = in_double(node, given, step.module)
                 _note(one, node, changed[node], given, read)
-    one.error, one.grad_error = _errors(step, {**late, **env}, exact)
+    one.errors = _errors(step, {**late, **env}, exact)
 
 
 def _note(one: Candidate, node: fx.Node, value: Any, given: _Given, read: list[fx.Node]) -> None:
@@ -272,19 +281,28 @@ class _Given(Mapping[fx.Node, Any]):
         return len(self.levels[-1])
 
 
-def _errors(step: Step, env: Env, exact: Env) -> tuple[float, float]:
-    """The largest relative error of an output or gradient, and of a gradient."""
+def _errors(step: Step, env: Env, exact: Env) -> dict[tuple[str, str], float]:
+    """The relative error of each output and gradient that counts, by group and name."""
     results = [Result("output", n.name, exact[n]) for n in step.node_outputs()]
     results += [Result("gradient", n.name, exact[n]) for n in step.gradient_nodes()]
     nodes = [*step.node_outputs(), *step.gradient_nodes()]
     largest = norms(result for result in results if is_float(result.value))
-    worst = {"output": 0.0, "gradient": 0.0}
+    found: dict[tuple[str, str], float] = {}
     for node, result in zip(nodes, results, strict=True):
         scale = largest.get("gradient", 0.0) if result.group == "gradient" else 0.0
         if node in env and is_float(result.value) and not under(result, scale):
-            found = apart(env[node], result.value, scale)
-            worst[result.group] = max(worst[result.group], found)
-    return max(worst.values()), worst["gradient"]
+            found[result.group, result.label] = apart(env[node], result.value, scale)
+    return found
+
+
+def together(several: Iterable[Candidate], gradients: bool) -> float:
+    """The largest error that candidates bring together, if theirs add up as noise does."""
+    squares: dict[tuple[str, str], float] = {}
+    for one in several:
+        for (group, name), brought in one.errors.items():
+            if group == "gradient" or not gradients:
+                squares[group, name] = squares.get((group, name), 0.0) + brought**2
+    return math.sqrt(max(squares.values(), default=0.0))
 
 
 # -- which to keep ----------------------------------------------------------------------------
