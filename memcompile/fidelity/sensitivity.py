@@ -75,7 +75,7 @@ def candidates(walked: Walk, inexact: bool) -> list[Candidate]:
         if names is not None:
             parts.setdefault(names, []).append(added)
     now: dict[str, fx.Node] = {old.name: new for new, old in reversed(list(seen_pairs.items()))}
-    found = []
+    found, step = [], early_and_late(seen)
     for names, group in parts.items():
         gaps: dict[tuple[fx.Node, bool], Any] = {}
         for added in group:
@@ -83,7 +83,7 @@ def candidates(walked: Walk, inexact: bool) -> list[Candidate]:
                 gaps.setdefault((added.stands_for, added.late), added.gap)
         culprit = max(group, key=lambda added: added.local)
         one = Candidate(names, culprit, gaps)
-        one.bytes, one.seconds = _gain(walked, names, now)
+        one.bytes, one.seconds = _gain(walked, step, names, now)
         found.append(one)
     return found
 
@@ -166,15 +166,15 @@ def _connected(nodes: set[fx.Node]) -> list[tuple[str, ...]]:
     return found
 
 
-def _gain(walked: Walk, names: Sequence[str], now: Mapping[str, fx.Node]) -> tuple[int, float]:
+def _gain(
+    walked: Walk, step: Step, names: Sequence[str], now: Mapping[str, fx.Node]
+) -> tuple[int, float]:
     """Bytes and predicted seconds that the candidate's nodes take less than they did."""
-    step = early_and_late(walked.seen)
     rates = calibrate(step.device)
     size, seconds = 0, 0.0
     moves = {move.value: move for move in walked.seen.moves}
-    for node in step.nodes:
-        if node.name not in names:
-            continue
+    was = {node.name: node for node in step.nodes}
+    for node in (was[name] for name in names if name in was):
         if node.name in moves:
             size += moves[node.name].bytes
             seconds -= moves[node.name].seconds
@@ -219,7 +219,16 @@ def _joined(several: Sequence[Candidate]) -> Candidate:
     )
 
 
-def _probe(step: Step, walked: Walk, again: set[fx.Node], one: Candidate) -> None:
+def trace(walked: Walk, one: Candidate) -> None:
+    """Find where a candidate's error grows most on its way."""
+    step = early_and_late(walked.seen)
+    with torch.random.fork_rng(), torch.no_grad():
+        _probe(step, walked, walked.again & step.sides.early, one, noting=True)
+
+
+def _probe(
+    step: Step, walked: Walk, again: set[fx.Node], one: Candidate, noting: bool = False
+) -> None:
     """Put the candidate's error into the exact step, and compare what comes out.
 
     What only the backward reads otherwise is read so by late nodes, and by the early ones that
@@ -231,6 +240,8 @@ def _probe(step: Step, walked: Walk, again: set[fx.Node], one: Candidate) -> Non
     for node in step.nodes:
         if node.op != "call_function" or is_drawn(node):
             continue
+        if not any(arg in env or arg in late for arg in node.all_input_nodes):
+            continue
         early = node in step.sides.early
         for changed, levels in ((env, (env, exact)), (late, (late, env, exact))):
             if node in changed or (changed is late and (not early or node not in again)):
@@ -241,7 +252,8 @@ def _probe(step: Step, walked: Walk, again: set[fx.Node], one: Candidate) -> Non
                 continue
             if read:
                 changed[node] = in_double(node, given, step.module)
-                _note(one, node, changed[node], given, read)
+                if noting:
+                    _note(one, node, changed[node], given, read)
     one.errors = _errors(step, {**late, **env}, exact)
 
 

@@ -12,9 +12,9 @@ from memcompile import _torch
 from memcompile.analysis.ops import op_name
 from memcompile.contract import Pass
 from memcompile.fidelity.data import NodeError
-from memcompile.fidelity.sensitivity import Candidate, candidates, measure
+from memcompile.fidelity.sensitivity import Candidate, candidates, measure, trace
 from memcompile.fidelity.subject import Ran, Subject
-from memcompile.fidelity.walk import arguments_of, fed_by, walk
+from memcompile.fidelity.walk import Walk, arguments_of, fed_by, walk
 from memcompile.registry import spell
 from memcompile.step import module_names, source_line
 from memcompile.watch import Seen, Watch, dtypes, watching
@@ -78,6 +78,7 @@ class Walked:
         self.rewrites = [{n: by for n, by in s.by.items() if by in names} for s in graphs]
         self.graphs = graphs
         self.found: list[tuple[int, Candidate]] = []
+        self.walks: dict[int, Walk] = {}
         self.notes: list[str] = []
         known: dict[str, list[Seen]] = collections.defaultdict(list)
         for each in recorded:
@@ -87,12 +88,13 @@ class Walked:
                 self.notes.append(f"graph {place} was captured otherwise when run without passes")
                 continue
             same = known[seen.code].pop(0) if len(known[seen.code]) > 1 else known[seen.code][0]
-            walked = walk(seen, arguments_of(seen, same.arguments))
+            walked = self.walks[place] = walk(seen, arguments_of(seen, same.arguments))
             found = candidates(walked, inexact=not all_nodes)
             self.found += [(place, one) for one in measure(walked, found)]
 
     def row(self, place: int, one: Candidate) -> NodeError:
         """A candidate as data."""
+        trace(self.walks[place], one)
         added = one.culprit
         node = added.node
         cast = fed_by(node)

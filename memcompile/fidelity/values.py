@@ -27,7 +27,7 @@ def as_traced(node: fx.Node, env: Mapping[fx.Node, Any], owner: fx.GraphModule) 
 def in_double(node: fx.Node, env: Mapping[fx.Node, Any], owner: fx.GraphModule) -> Any:
     """The node's value in double precision; where the op has none, as traced."""
     try:
-        if is_drawn(node) or "view.dtype" in str(node.target) or runs_graphs(node):
+        if _has_no_double(node):
             raise NotImplementedError
         return widest(_call(node, lambda arg: widest(env[arg]), owner, wide))
     except (RuntimeError, TypeError, NotImplementedError):
@@ -78,6 +78,15 @@ def _like(value: Any, traced: Any) -> Any:
     if isinstance(value, (list, tuple)) and isinstance(traced, (list, tuple)):
         return type(value)(_like(v, t) for v, t in zip(value, traced, strict=True))
     return value
+
+
+def _has_no_double(node: fx.Node) -> bool:
+    """Whether the op means its own dtypes: it draws, reads bits, or runs graphs."""
+    known = node.meta.get("memcompile_no_double")  # asked of each node very often
+    if known is None:
+        known = is_drawn(node) or "view.dtype" in str(node.target) or runs_graphs(node)
+        node.meta["memcompile_no_double"] = known
+    return bool(known)
 
 
 def is_drawn(node: fx.Node) -> bool:

@@ -9,6 +9,7 @@ it has in the step as a whole, less that, it inherits.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,11 +24,12 @@ from memcompile.fidelity.values import (
     in_double,
     is_drawn,
     is_float,
+    rounded,
     runs_graphs,
     widest,
 )
 from memcompile.step import Step, hint
-from memcompile.watch import Seen
+from memcompile.watch import TAG, Seen
 
 
 @dataclasses.dataclass
@@ -67,13 +69,31 @@ def walk(seen: Seen, arguments: dict[str, Any]) -> Walk:
         seen: the graph, before the passes and as it is run.
         arguments: of the joint graph by placeholder: inputs, and tangents.
     """
-    pairs = composed(through_split(seen), through_rewrites(seen))
+    rewritten = through_rewrites(seen)
+    pairs = composed(through_split(seen), rewritten)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        run = _run(seen, arguments, pairs)
+        run = _run(sides(seen), arguments, pairs, {})
         draws = {old: run[new] for new, old in pairs.items() if is_drawn(old) and new in run}
         exact = _exact(seen.joint, arguments, draws)
-        return Walk(seen, pairs, exact, _compare(seen, pairs, run, exact))
+        added = _compare(sides(seen), pairs, run, exact)
+        if any(runs_graphs(node) for node in run):
+            kept = {old: value for old, value in exact.items() if is_drawn(old)}
+            run = _run([seen.rewritten], arguments, rewritten, kept)
+            added += _hidden(added, _compare([seen.rewritten], rewritten, run, exact))
+        return Walk(seen, pairs, exact, added)
+
+
+def _hidden(seen: list[Added], all_nodes: list[Added]) -> list[Added]:
+    """Of the nodes before loops were made, those that are inside of one."""
+    stands = {added.stands_for for added in seen}
+    names = {added.node.meta.get(TAG) for added in seen}
+    return [
+        added
+        for added in all_nodes
+        if added.node.name not in names
+        and (added.stands_for is None or added.stands_for not in stands)
+    ]
 
 
 def arguments_of(seen: Seen, recorded: dict[str, Any]) -> dict[str, Any]:
@@ -93,17 +113,19 @@ def sides(seen: Seen) -> list[fx.GraphModule]:
     return [module for module in (seen.forward, seen.backward) if module is not None]
 
 
-def _run(seen: Seen, arguments: dict[str, Any], pairs: Pairs) -> Env:
-    """Every value of the forward and of the backward, as they are run; one draw a draw."""
+def _run(
+    modules: Sequence[fx.GraphModule], arguments: dict[str, Any], pairs: Pairs, drawn: Env
+) -> Env:
+    """Every value of the graphs as they are run, one after the other; one draw a draw."""
     env: Env = {}
-    drawn: Env = {}
+    drawn = dict(drawn)
     made: dict[str, Any] = dict(arguments)
-    for module in sides(seen):
+    for module in modules:
         for node in module.graph.nodes:
             if node.op == "placeholder":
                 env[node] = made[node.name] if node.name in made else made[str(node.target)]
             elif is_drawn(node) and pairs.get(node) in drawn:
-                env[node] = drawn[pairs[node]]
+                env[node] = rounded(drawn[pairs[node]], node)
             elif node.op != "output":
                 env[node] = as_traced(node, env, module)
                 if is_drawn(node) and node in pairs:
@@ -124,13 +146,14 @@ def _exact(joint: fx.GraphModule, arguments: dict[str, Any], draws: Env) -> Env:
     return env
 
 
-def _compare(seen: Seen, pairs: Pairs, run: Env, exact: Env) -> list[Added]:
+def _compare(modules: Sequence[fx.GraphModule], pairs: Pairs, run: Env, exact: Env) -> list[Added]:
     """Each node given what it should be given, in order."""
     found: list[Added] = []
     right: Env = {}  #: what each node should give
     rough: Env = {}  #: what it gives, if what comes before it has something it stands for
     made: dict[str, fx.Node] = {}
-    for module in sides(seen):
+    for module in modules:
+        before = {pairs[node] for node in made.values() if node in pairs}
         for node in module.graph.nodes:
             old = pairs.get(node)
             if node.op == "output":
@@ -152,7 +175,7 @@ def _compare(seen: Seen, pairs: Pairs, run: Env, exact: Env) -> list[Added]:
             rough[node] = right[node] if old is not None else through
             local, total = error(own, right[node]), error(run[node], right[node])
             if local or total or inside:
-                late = old is not None and module is seen.backward and old.name in made
+                late = old is not None and old in before
                 gap = _gap(through, exact[old]) if old is not None else None
                 found.append(Added(node, old, late, local, total, gap))
     return found
