@@ -426,6 +426,28 @@ def test_a_bound_is_a_number_above_zero(bound: Any) -> None:
         calibrate(layers(1), rows(4, 16), max_error=bound)
 
 
+def test_steps_without_gradients_are_compared() -> None:
+    model = normed().requires_grad_(False)
+    found = check(model, rows(64, 16, grad=False), passes=[NaiveVariance()], **EAGER)
+    assert {each.group for each in found.tensors} == {"output"}
+    assert found.worst is not None and found.worst.names == ("var",) and found.error > 0.05
+    options = {"passes": [NaiveVariance()], "max_error": 1e-3, **EAGER}
+    assert calibrate(model, rows(64, 16, grad=False), **options).error <= 1e-3
+
+
+def test_what_a_function_writes_to_keeps_its_precision() -> None:
+    table = torch.zeros(4)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        filled = torch.zeros(4, dtype=torch.float32).index_put((torch.tensor([1]),), x[:1])
+        with torch.no_grad():
+            table.add_(1)
+        return (filled + table.sin()).sum() * x.sum()
+
+    exact = Subject(step, (rows(4),)).reference()
+    assert exact.results[0].value.dtype == torch.float64 and table.eq(1).all()
+
+
 def test_misspelt_options_are_errors() -> None:
     for call in (check, calibrate):
         with pytest.raises(memcompile.OptionsError, match="budgets"):
@@ -435,6 +457,7 @@ def test_misspelt_options_are_errors() -> None:
 def test_without_inexact_passes_there_is_nothing_to_decide() -> None:
     done = calibrate(layers(1), rows(8, 16), max_error=1e-6, **EAGER)
     assert isinstance(done, Calibration) and done.error == 0 and done.exact == ()
+    assert not list(calibrations_folder().glob("*.json"))
     found = check(layers(1), rows(8, 16), **EAGER)
     assert isinstance(found, Fidelity) and found.exact == ()
     assert found.nodes and all(each.by == "" for each in found.nodes)

@@ -254,7 +254,9 @@ class _Search:
         )
 
     def save(self) -> None:
-        """Keep what was decided, a file for each graph."""
+        """Keep what was decided, a file for each graph; without inexact passes there is nothing."""
+        if not inexact(self.passes):
+            return
         moved: dict[str, list[str]] = collections.defaultdict(list)
         for seen in self.graphs:
             moved[seen.key] += [move.value for move in seen.moves]

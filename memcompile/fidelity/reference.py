@@ -84,11 +84,14 @@ class Widened(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The op in double precision."""
-        if op._schema.is_mutable:  # what is written to keeps its own precision
-            result = op(*args, **(kwargs or {}))
-        else:
-            args, kwargs = fx.node.map_aggregate((args, kwargs or {}), wide)
-            result = op(*args, **kwargs)
+        kwargs = kwargs or {}
+        written = _written(op)  # what is written to keeps its own precision
+        kept = {place: args[place] for place in written if place in range(len(args))}
+        kept |= {name: kwargs[name] for name in written if name in kwargs}
+        args, kwargs = fx.node.map_aggregate((args, kwargs), wide)
+        args = tuple(kept.get(place, value) for place, value in enumerate(args))
+        kwargs = {name: kept.get(name, value) for name, value in kwargs.items()}
+        result = op(*args, **kwargs)
         return self._replayed(op, args, result) if is_draw(op) else result
 
     def _replayed(self, op: Any, args: Any, result: Any) -> Any:
@@ -101,6 +104,15 @@ class Widened(TorchDispatchMode):
             scale = 0.0 if args[1] == 1 else 1 / (1 - args[1])
             return args[0] * kept * scale, kept
         return fresh.copy_(kept)
+
+
+def _written(op: Any) -> list[Any]:
+    """Places and names of the arguments that an op writes to."""
+    if not op._schema.is_mutable:
+        return []
+    known = enumerate(op._schema.arguments)
+    written = [(at, a.name) for at, a in known if a.alias_info and a.alias_info.is_write]
+    return [each for pair in written for each in pair]
 
 
 def is_draw(op: Any) -> bool:
