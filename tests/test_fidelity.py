@@ -401,11 +401,11 @@ def test_most_bytes_for_least_error_stay() -> None:
 
 
 def test_few_steps_are_run() -> None:
-    model, x = layers(6), rows(32, 16)
+    model, x = layers(4), rows(32, 16)
     done = calibrate(model, x, passes=[Low()], max_grad_error=5e-3, **EAGER)
     graphs = compiled(Subject(model, (x,)), {**EAGER, "passes": [Low()]}, {})[1]
-    assert sum("mm" in node.name for node in graphs[0].joint.graph.nodes) >= 17
-    assert 0 < len(done.exact) < 17 and done.grad_error <= 5e-3 < done.before[1]
+    assert sum("mm" in node.name for node in graphs[0].joint.graph.nodes) >= 11
+    assert 0 < len(done.exact) < 11 and done.grad_error <= 5e-3 < done.before[1]
     assert done.steps <= 8
 
 
