@@ -134,10 +134,9 @@ def test_loops_are_walked_as_well() -> None:
 # -- what is compared --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("passes", ["default", "default,compress"])
-def test_exact_passes_are_as_exact_as_eager(passes: str) -> None:
-    for model, inputs in ((layers(), [rows(32, 16)]), (normed(), [rows(64, 16)])):
-        found = check(model, *inputs, passes=passes, budget="min", **EAGER)
+def test_exact_passes_are_as_exact_as_eager() -> None:
+    for model, inputs in ((layers(2), [rows(32, 16)]), (normed(), [rows(64, 16)])):
+        found = check(model, *inputs, passes="default,compress", budget="min", **EAGER)
         assert 0 < found.error <= 1.5 * found.eager
         assert found.passes == () and found.graphs == 1
 
@@ -215,7 +214,7 @@ def test_nothing_is_left_changed() -> None:
     x.grad = torch.full((16, 8), 2.0)
     state = copy.deepcopy(model.state_dict())
     before = torch.get_rng_state()
-    passes = [Low(("mm", "addmm"))]
+    passes = [Low(("addmm",))]
     check(model, x, {"bias": bias}, passes=passes, **EAGER)
     calibrate(model, x, {"bias": bias}, passes=passes, max_grad_error=1e-3, **EAGER)
     assert torch.equal(torch.get_rng_state(), before)

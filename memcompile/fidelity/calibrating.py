@@ -196,6 +196,7 @@ class _Search:
             if not set(one.names) <= self.exact.get(walked.graphs[at].key, frozenset())
         ]
         ordered = worst_first(found, gradients=self.max_error is None)
+        ordered.sort(key=lambda one: self._ratio(one.error, one.grad_error) <= 1)  # alone too much
         return [(place[id(one)], one) for one in ordered]
 
     def _enough(self, order: list[Placed]) -> int:

@@ -83,7 +83,7 @@ def candidates(walked: Walk, inexact: bool) -> list[Candidate]:
                 gaps.setdefault((added.stands_for, added.late), added.gap)
         culprit = max(group, key=lambda added: added.local)
         one = Candidate(names, culprit, gaps)
-        one.bytes, one.seconds = _gain(walked, step, names, now)
+        one.bytes, one.seconds = _gain(walked, step, names, now, group)
         found.append(one)
     return found
 
@@ -167,9 +167,16 @@ def _connected(nodes: set[fx.Node]) -> list[tuple[str, ...]]:
 
 
 def _gain(
-    walked: Walk, step: Step, names: Sequence[str], now: Mapping[str, fx.Node]
+    walked: Walk,
+    step: Step,
+    names: Sequence[str],
+    now: Mapping[str, fx.Node],
+    group: Sequence[Added],
 ) -> tuple[int, float]:
-    """Bytes and predicted seconds that the candidate's nodes take less than they did."""
+    """Bytes and predicted seconds that the candidate's nodes take less than they did.
+
+    Where a rewrite put nodes in their place, ``group``, its seconds are those of all of them.
+    """
     rates = calibrate(step.device)
     size, seconds = 0, 0.0
     moves = {move.value: move for move in walked.seen.moves}
@@ -178,9 +185,12 @@ def _gain(
         if node.name in moves:
             size += moves[node.name].bytes
             seconds -= moves[node.name].seconds
-        elif node.name in now:
+            continue
+        seconds += node_seconds(node, rates)
+        if node.name in now:
             size += step.bytes(node) - step.bytes(now[node.name])
-            seconds += node_seconds(node, rates) - node_seconds(now[node.name], rates)
+    if not any(name in moves for name in names):
+        seconds -= sum(node_seconds(a.node, rates) for a in group if not a.late)
     return size, seconds
 
 
