@@ -13,7 +13,8 @@ from memcompile.contract import (
     Rewrite,
     rebuild,
 )
-from memcompile.errors import BudgetError, MemcompileError, PassError
+from memcompile.errors import BudgetError, FidelityError, MemcompileError, PassError
+from memcompile.fidelity import Calibration, Compared, Fidelity, NodeError, calibrate, check
 from memcompile.measure import Peak, measure_peak
 from memcompile.options import Options, OptionsError
 from memcompile.registry import available
@@ -25,11 +26,16 @@ from memcompile.version import __version__
 
 __all__ = [
     "BudgetError",
+    "Calibration",
     "Codec",
     "Coding",
+    "Compared",
     "Context",
+    "Fidelity",
+    "FidelityError",
     "Loop",
     "MemcompileError",
+    "NodeError",
     "Options",
     "OptionsError",
     "Pass",
@@ -43,6 +49,8 @@ __all__ = [
     "Step",
     "__version__",
     "available",
+    "calibrate",
+    "check",
     "max_size",
     "measure_peak",
     "rebuild",

@@ -11,13 +11,14 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from memcompile import _torch, live, scratch, sizes, store
+from memcompile import _torch, decided, live, scratch, sizes, store, watch
 from memcompile._torch.draws import exact_draws
 from memcompile._torch.fusion import prompt_kernels
 from memcompile._torch.loops import cached_loops, released_loops
@@ -25,14 +26,14 @@ from memcompile._torch.pieces import any_fake
 from memcompile.analysis.cost import calibrate
 from memcompile.analysis.timeline import HELD
 from memcompile.compiler import Compiler, Outcome
-from memcompile.contract import Context
+from memcompile.contract import Context, Pass
 from memcompile.errors import MemcompileError
 from memcompile.explain import Explained
 from memcompile.lowering import Lowering
 from memcompile.options import Options, format_bytes, warn_if_above_free
 from memcompile.pipeline import Pipeline
-from memcompile.registry import resolve
-from memcompile.report import Report
+from memcompile.registry import resolve, source_key, spell
+from memcompile.report import MoveRow, Report
 from memcompile.version import __version__, source_digest
 
 log = logging.getLogger(__name__)
@@ -103,8 +104,13 @@ class _Job:
         budget = int(limit.value) - options.reserve_bytes if limit.kind == "bytes" else None
         if budget is not None:
             warn_if_above_free(self.device, budget, held=live.tensor_bytes(example_inputs))
-        context = Context(options.strict, budget, self.device.type)
-        self.pipeline = Pipeline(resolve(options.passes), context)
+        passes = resolve(options.passes)
+        self.watch = watch.current()
+        self.code = self._code()
+        self.decision_key = self._decision_key(passes)
+        self.decision = self._decision()
+        exact = self.decision.exact if self.decision is not None else frozenset[str]()
+        self.pipeline = Pipeline(passes, Context(options.strict, budget, self.device.type, exact))
         (output,) = gm.graph.find_nodes(op="output")
         outputs = output.args[0]
         number = len(outputs) if isinstance(outputs, (list, tuple)) else 1
@@ -122,6 +128,7 @@ class _Job:
             torch.__version__,
             self.options.key(),
             self.pipeline.key(),
+            self.decision.key() if self.decision is not None else "",
             str(self.compiler.held),
             calibrate(self.device).to_json(),
         ]
@@ -130,8 +137,32 @@ class _Job:
     def _graph_key(self) -> str:
         """Names this captured graph, its inputs and options: where its report is stored."""
         described = [_torch.describe(value) for value in self.example_inputs]
-        text = "\n".join([self.key, str(self.gm.code), *described])
-        return hashlib.sha256(text.encode()).hexdigest()[:40]
+        return _digest(self.key, str(self.gm.code), *described)[:40]
+
+    def _code(self) -> str:
+        """Names what Dynamo captured: its code and its inputs, symbolic sizes as symbols."""
+        given = zip(self.gm.graph.find_nodes(op="placeholder"), self.example_inputs, strict=False)
+        described = [_torch.describe(n.meta.get("example_value", value)) for n, value in given]
+        return _digest(str(self.gm.code), *described)
+
+    def _decision_key(self, passes: Sequence[Pass]) -> str:
+        """Names all that numbers depend on: neither a budget nor what is held changes any."""
+        plain = Options(
+            lower=self.options.lower, inductor=self.options.inductor, mode=self.options.mode
+        )
+        as_eager = self._table() is None and _torch.inductor_config.fallback_random
+        parts = [
+            str(as_eager),
+            *(part for each in passes for part in (source_key(each), *map(_state, each.parts))),
+        ]
+        text = re.sub(r" at 0x[0-9a-fA-F]+", "", "\n".join(parts))
+        return _digest(__version__, torch.__version__, self.code, plain.key(), text)[:40]
+
+    def _decision(self) -> decided.Decision | None:
+        """What calibration decided for this graph, or is trying."""
+        if self.watch is not None and self.watch.exact is not None:
+            return self.watch.decision(self.decision_key)
+        return decided.load(self.decision_key)
 
     def compile(self) -> Callable[..., Any]:
         """Compile, then file the report of what was planned or read from the cache."""
@@ -139,8 +170,10 @@ class _Job:
         if not self.filed:
             self.filed.append(store.load(self.graph_key) or self._missing())
             self.filed[0].name = self.options.name
-        for report in self.filed:
-            store.add(report)
+            self.filed[0].fidelity = self._fidelity(self.filed[0])
+        if self.watch is None:
+            for report in self.filed:
+                store.add(report)
         report = self.filed[-1]
         inputs, self.example_inputs = self.example_inputs, ()  # torch 2.11 holds on to the job
         if self.compiler.planner is not None and self.compiler.planner.draft.step.dynamic:
@@ -160,13 +193,22 @@ class _Job:
             ),
         }
         return _torch.compile_fx(
-            self.gm, self.example_inputs, inner_compile=self._inner, config_patches=patches
+            self.gm,
+            self.example_inputs,
+            inner_compile=self._inner,
+            config_patches=patches,
+            decompositions=self._table(),
         )
+
+    def _table(self) -> dict[Any, Any] | None:
+        """The decompositions to trace with, where it is not Inductor's choice."""
+        return None if self.watch is None else self.watch.decompositions
 
     def _inner(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
         """Inductor's inner compiler; graphs without a backward are checked on the way."""
         if kwargs.get("is_inference"):
             gm, explained = self.compiler.whole(gm)
+            self._planned(gm, None, explained)
             self._file(explained, "inference")
         patches = {} if self.compiler.pooled else {"allow_buffer_reuse": False}
         patched = _torch.inductor_config.patch(patches)
@@ -176,19 +218,32 @@ class _Job:
 
     def _eager(self) -> Callable[..., Any]:
         def run(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-            return _torch.boxed(gm)
+            run = _torch.boxed(gm)
+            return run if self.watch is None else self.watch.recorded(gm, run)
 
         def infer(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-            self.pipeline.rewrite(gm)
+            self.rewrite(gm)
             gm, explained = self.compiler.whole(gm)
+            self._planned(gm, None, explained)
             self._file(explained, "inference")
-            return _torch.boxed(gm)
+            return run(gm, inputs)
 
         def partition(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
-            self.pipeline.rewrite(gm)
+            self.rewrite(gm)
             return self.partition(gm, **kwargs)
 
-        return _torch.aot_eager(self.gm, self.example_inputs, run, infer, partition)
+        inputs = self.example_inputs
+        return _torch.aot_eager(self.gm, inputs, run, infer, partition, self._table())
+
+    def rewrite(self, gm: fx.GraphModule) -> None:
+        """Run the rewrites on a joint graph; called by torch, before Inductor's own passes."""
+        if self.watch is None:
+            self.pipeline.rewrite(gm)
+            return
+        exact = self.pipeline.context.exact
+        seen = self.watch.starts(self.decision_key, self.code, gm, exact)
+        self.pipeline.rewrite(gm, seen.changed)
+        seen.done(gm)
 
     def partition(
         self,
@@ -201,8 +256,29 @@ class _Job:
         """Split a joint graph as planned; called by torch."""
         static = tuple(static_lifetime_input_indices or ())
         outcome: Outcome = self.compiler.step(gm, num_fwd_outputs, static)
+        forward, backward = outcome.split.forward, outcome.split.backward
+        self._planned(forward, backward, outcome.explained, num_fwd_outputs)
         self._file(outcome.explained, "training")
-        return outcome.split.forward, outcome.split.backward
+        return forward, backward
+
+    def _planned(
+        self, forward: fx.GraphModule, backward: Any, explained: Explained, outputs: int = 0
+    ) -> None:
+        if self.watch is not None:
+            self.watch.planned(forward, backward, outputs, self._inexact(explained.moves))
+
+    def _inexact(self, moves: Sequence[MoveRow]) -> list[MoveRow]:
+        """The moves taken that may change numbers."""
+        names = {spell(each) for each in self.pipeline.passes if each.exactness == "no"}
+        return [move for move in moves if move.by in names]
+
+    def _fidelity(self, report: Report) -> str:
+        """What is known of the error of what may change numbers; "" where nothing does."""
+        moves = self._inexact(report.moves)
+        inexact = [ran for ran in report.passes if ran.exactness == "no"]
+        if self.decision is not None and inexact:
+            return self.decision.sentence(move.value for move in moves)
+        return decided.UNCHECKED if moves or any(ran.changed for ran in inexact) else ""
 
     def _file(self, explained: Explained, kind: str) -> None:
         spent = self.lowering.seconds
@@ -227,8 +303,10 @@ class _Job:
             held_before=self.compiler.held,
             **values,
         )
+        report.fidelity = self._fidelity(report)
         self.filed.append(report)
-        store.save(self.graph_key, report)
+        if self.watch is None or self.watch.exact is not None:
+            store.save(self.graph_key, report)
 
     def _holder_notes(self) -> list[str]:
         held, notes = self.held, []
@@ -284,7 +362,16 @@ class _Rewrites(_Hook, _torch.CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         module = graph.owning_module
         assert module is not None
-        self.job.pipeline.rewrite(module)
+        self.job.rewrite(module)
+
+
+def _state(part: object) -> str:
+    """What an object that a pass works by holds."""
+    return f"{type(part).__qualname__} {sorted(getattr(part, '__dict__', {}).items(), key=str)}"
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _device(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> torch.device:

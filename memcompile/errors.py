@@ -24,3 +24,24 @@ class BudgetError(MemcompileError):
     def __init__(self, message: str, *, budget: int, floor: int, node: str, source: str) -> None:
         super().__init__(message)
         self.budget, self.floor, self.node, self.source = budget, floor, node, source
+
+
+class FidelityError(MemcompileError):
+    """The step's numbers are further off than allowed, or cannot be compared.
+
+    Attributes:
+        error: the largest relative error that was measured, ``None`` where none could be.
+        bound: what it was allowed to be.
+        nodes: names of the nodes that bring most of it, worst first.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        error: float | None = None,
+        bound: float | None = None,
+        nodes: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.error, self.bound, self.nodes = error, bound, nodes

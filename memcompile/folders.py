@@ -23,6 +23,11 @@ def reports_folder() -> Path:
     return cache_folder() / "reports"
 
 
+def calibrations_folder() -> Path:
+    """Where the decisions of calibration are kept, one JSON file a graph."""
+    return cache_folder() / "calibrations"
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a file in one step, so that no reader sees half of it. Raises ``OSError``."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import fx
@@ -28,16 +28,24 @@ class Pipeline:
         """Covers each pass's options and source."""
         return ";".join(source_key(each) for each in self.passes)
 
-    def rewrite(self, module: fx.GraphModule) -> bool:
+    def rewrite(
+        self,
+        module: fx.GraphModule,
+        between: Callable[[Pass, fx.GraphModule], None] | None = None,
+    ) -> bool:
         """Run every rewrite on ``module``. One that fails leaves the graph as it was.
+
+        ``between`` is told of each that has changed it.
 
         Raises:
             PassError: under ``strict``, what otherwise becomes a note in the report.
         """
         changed = False
         for each in self.passes:
-            if isinstance(each, Rewrite):
-                changed |= self._rewrite(each, module)
+            if isinstance(each, Rewrite) and self._rewrite(each, module):
+                changed = True
+                if between is not None:
+                    between(each, module)
         return changed
 
     def _rewrite(self, each: Rewrite, module: fx.GraphModule) -> bool:

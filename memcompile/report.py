@@ -125,6 +125,7 @@ class Report:
     planning_seconds: float = 0.0  #: dry runs of Inductor not included
     lowering_seconds: float = 0.0  #: those dry runs
     schedulings: int = 0
+    fidelity: str = ""  #: of passes that may change numbers: what is known of the error
     cached: bool = False  #: read back from disk rather than planned in this process
 
     def to_json(self) -> str:

@@ -50,6 +50,8 @@ def sentences(report: Report) -> list[str]:
     """What the figures come to, a line each."""
     lines = [_verdict(report), _time(report), *_moved(report.moves)]
     lines += _looped(report.loops)
+    if report.fidelity:
+        lines.append(f"{report.fidelity[0].upper()}{report.fidelity[1:]}.")
     if report.peak_expression:
         lines.append(f"Predicted peak = {report.peak_expression}")
     origin = "Read back from disk; planned" if report.cached else "Planned"
@@ -123,17 +125,29 @@ def _lists(report: Report) -> list[tuple[str, tuple[str, ...]]]:
 
 def text(report: Report, width: int = 100) -> str:
     """The report for a terminal ``width`` columns wide."""
+    heading = f"{title(report)}  ({subtitle(report)})"
+    return page(heading, sentences(report), tables(report), _lists(report), width)
+
+
+def page(
+    heading: str,
+    lines: Iterable[str],
+    tables: Iterable[Table],
+    lists: Iterable[tuple[str, Sequence[str]]],
+    width: int = 100,
+) -> str:
+    """A heading, what it comes to in a line each, tables, and titled lists, as text."""
     out = io.StringIO()
     console = rich.console.Console(
         file=out, width=width, markup=False, highlight=False, emoji=False, color_system=None
     )
-    console.print(_plain(f"{title(report)}  ({subtitle(report)})"))
-    for line in sentences(report):
+    console.print(_plain(heading))
+    for line in lines:
         console.print(_plain(f"  {line}"))
-    for table in tables(report):
+    for table in tables:
         console.print(f"\n{table.title}")
         console.print(_rich(table))
-    for name, items in _lists(report):
+    for name, items in lists:
         console.print(f"\n{name}")
         for item in items:
             console.print(_plain(f"  - {item}"))

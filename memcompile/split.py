@@ -17,6 +17,9 @@ from memcompile.contract import Rebuild
 from memcompile.plan import Drafted, Late
 from memcompile.step import Step
 
+#: Where a rebuilt value keeps the name of the value that it stands for.
+STANDS_FOR = "memcompile_stands_for"
+
 
 @dataclasses.dataclass(frozen=True)
 class Split:
@@ -137,7 +140,8 @@ class _Writer:
                 self._copy_late(item.node)
             else:
                 assert item.rebuild is not None
-                self.late[item.value] = self._decode(item.rebuild)
+                decoded = self.late[item.value] = self._decode(item.rebuild)
+                decoded.meta[STANDS_FOR] = item.value.name
 
     def _module(self, results: tuple[object, ...]) -> fx.GraphModule:
         output = self.graph.output(results)

@@ -94,6 +94,7 @@ def test_private_torch_is_seen(source: str, found: bool) -> None:
         "memcompile._torch.dry",
         "memcompile._torch.fusion",
         "memcompile._torch.loops",
+        "memcompile._torch.modes",
         "memcompile._torch.pieces",
         "memcompile._torch.packing",
     ],

@@ -278,6 +278,7 @@ def aot_eager(
     compile_side: Callable[..., Any],
     compile_inference: Callable[..., Any],
     partition: Callable[..., Any],
+    decompositions: Any = None,
 ) -> Callable[..., Any]:
     """AOTAutograd with Inductor's decompositions and no code generation."""
     backend = aot_autograd(
@@ -285,7 +286,7 @@ def aot_eager(
         bw_compiler=compile_side,
         inference_compiler=compile_inference,
         partition_fn=partition,
-        decompositions=select_decomp_table,
+        decompositions=decompositions or select_decomp_table,
         keep_inference_input_mutations=True,
     )
     with functorch_config.patch(enable_autograd_cache=False):
