@@ -104,7 +104,7 @@ class _Job:
         if budget is not None:
             warn_if_above_free(self.device, budget, held=live.tensor_bytes(example_inputs))
         context = Context(options.strict, budget, self.device.type)
-        self.pipeline = Pipeline(resolve(options.passes), context)
+        self.pipeline = Pipeline(resolve(options.pipeline), context)
         (output,) = gm.graph.find_nodes(op="output")
         outputs = output.args[0]
         number = len(outputs) if isinstance(outputs, (list, tuple)) else 1
