@@ -80,6 +80,7 @@ class Cast(Rewrite):
         for node in chosen:
             casting.lower(node)
             node.meta["cast"] = self.dtype
+        graph.eliminate_dead_code()
         Stored(casting, Step(module, len(output.args[0])), kept).rewrite()
         casting.settle()
         graph.eliminate_dead_code()

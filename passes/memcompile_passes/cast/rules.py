@@ -66,6 +66,9 @@ CLEAR = frozenset(
     ]
 )
 
+#: Of these, what has all numbers of what it reads, or with its like has.
+MOVED = CLEAR - {"_unsafe_index", "flip", "gather", "index", "index_select", "relu", "tril", "triu"}
+
 #: Ops with a list of views; their items are clear.
 SPLITS = frozenset(["split", "split_with_sizes", "unbind"])
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from memcompile_passes.cast.casting import Casting, computed, inherited, is_float32
 from memcompile_passes.cast.islands import is_clear, tensor
-from memcompile_passes.cast.rules import GENTLE, GENTLE_POWERS, SHARP
+from memcompile_passes.cast.rules import GENTLE, GENTLE_POWERS, MOVED, SHARP
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -50,6 +50,7 @@ class Stored:
     def rewrite(self) -> None:
         """Round what is kept, and bind what is not to be."""
         self._merge_copies()
+        self._read_moved()
         for node in list(self.step.graph.nodes):
             if node.op == "output" or node in self.late:
                 continue
@@ -123,36 +124,23 @@ class Stored:
         return any(_is_sharp(user, node) for user in readers)
 
     def _follows(self, node: fx.Node) -> bool:
-        """Whether the value is made again from 16-bit values no larger than itself."""
-        if node in self.casting.low and any(u in self.late for u in self._reads_of(node)):
-            return False  # those bits are kept for a contraction anyway
-        return self._cheap(node)
-
-    def _cheap(self, node: fx.Node) -> bool:
+        """Whether the value is had again, elementwise, from 16-bit values that are kept anyway."""
         leaves = self.leaves[node]
         if leaves is None:
             return False
-        size = hint(node.meta["val"].numel())
-        if len(leaves) == 1:
-            return hint(next(iter(leaves)).meta["val"].numel()) <= size
-        more = [leaf for leaf in leaves if not self._is_kept_anyway(leaf)]
-        return sum(hint(leaf.meta["val"].numel()) for leaf in more) < size
+        return all(self._is_kept_anyway(leaf) for leaf in leaves)
 
     def _is_kept_anyway(self, leaf: fx.Node) -> bool:
         if leaf in self.rounded:
             return True
-        users = [leaf, *(u for u in leaf.users if u in self.casting.natural or is_clear(u))]
-        return any(user in self.late for node in users for user in node.users)
-
-    def _reads_of(self, node: fx.Node) -> list[fx.Node]:
-        """What reads the 16-bit node of a value, through views too."""
-        found, todo = [], [self.casting.low[node]]
+        todo = [leaf]
         while todo:
             for user in todo.pop().users:
-                found.append(user)
-                if is_clear(user):
+                if user in self.late:
+                    return True
+                if user in self.casting.natural or op_name(user) in MOVED:
                     todo.append(user)
-        return found
+        return False
 
     # -- what late nodes read ----------------------------------------------------------------
 
@@ -171,7 +159,7 @@ class Stored:
             up = casting.up(low, before=reader)
             up.meta.update(partitioner_tag="is_backward")
             return up
-        if node not in self.soft or not self._cheap(node) or self._is_rounding(node):
+        if node not in self.soft or not self._follows(node) or self._is_rounding(node):
             return node
         read = {n: self._late(n, reader) for n in node.all_input_nodes}
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), read.__getitem__)
@@ -190,10 +178,15 @@ class Stored:
         return source in self.rounded and self.casting.low.get(source) is node
 
     def _bind(self) -> None:
-        """Casts of inputs and upcasts are made again in the backward, never kept."""
+        """Casts of inputs, upcasts, and casts of what follows from what is kept: made again."""
         written = self.step.overwritten
         for cast in self.casting.of_inputs:
             if not any(read in written for read in _inputs_of(cast)):
+                cast.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+        made = [low for node, low in self.casting.low.items() if node not in self.casting.natural]
+        for cast in made:
+            read = any(user in self.late for user in cast.users)
+            if read and cast in self.leaves and cast not in self.soft and self._follows(cast):
                 cast.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
         for up in self.casting.natural:
             if any(user in self.late for user in up.users) and up not in self.late:
@@ -205,12 +198,26 @@ class Stored:
         for node in list(self.step.graph.nodes):
             if node.op != "call_function" or node in self.step.sides.late or is_random(node):
                 continue
+            if node in self.late and op_name(node) in ("alias", "detach"):
+                self._give_way(node, node.args[0])
+                continue
             key = (node.target, repr(node.args), repr(node.kwargs))
             first = known.setdefault(key, node)
             if first is not node and node in self.late and tensor(node) is not None:
-                node.replace_all_uses_with(first)
-            elif node in self.late and op_name(node) in ("alias", "detach"):
-                node.replace_all_uses_with(node.args[0])
+                self._give_way(node, first)
+
+    def _read_moved(self) -> None:
+        """What only late nodes read in fp32, and the forward made in 16 bits, is read from those."""
+        for node, low in list(self.casting.low.items()):
+            if node in self.late and low not in self.late and node.users:
+                if node not in self.casting.natural:
+                    up = self.casting.up(low, after=low)
+                    self.casting.natural[up] = low
+                    self._give_way(node, up)
+
+    def _give_way(self, node: fx.Node, to: fx.Node) -> None:
+        node.replace_all_uses_with(to)
+        self.step.graph.erase_node(node)
 
 
 def late_nodes(step: Step) -> frozenset[fx.Node]:
