@@ -45,6 +45,7 @@ class Stored:
         self.soft: set[fx.Node] = set()  #: values that would be made of those
         self.leaves: dict[fx.Node, Leaves] = {}  #: 16-bit values that a value can be made of
         self.statistics: set[fx.Node] = set()
+        self.settled = False  #: whether all that is rounded is known
         self.again: dict[fx.Node, fx.Node] = {}  #: what late nodes read instead
 
     def rewrite(self) -> None:
@@ -60,6 +61,7 @@ class Stored:
             if not self._follows(node):
                 self.rounded.add(node)
                 self.leaves[node] = frozenset([node])
+        self.settled = True
         for node in list(self.step.graph.nodes):
             if node in self.late:
                 node.args, node.kwargs = fx.node.map_arg(
@@ -138,7 +140,9 @@ class Stored:
             for user in todo.pop().users:
                 if user in self.late:
                     return True
-                if user in self.casting.natural or op_name(user) in MOVED:
+                alone = self.leaves.get(user) == frozenset([leaf]) and is_float32(user)
+                moved = user in self.casting.natural or op_name(user) in MOVED
+                if moved or (alone and self.settled):
                     todo.append(user)
         return False
 
@@ -183,11 +187,15 @@ class Stored:
         for cast in self.casting.of_inputs:
             if not any(read in written for read in _inputs_of(cast)):
                 cast.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-        made = [low for node, low in self.casting.low.items() if node not in self.casting.natural]
+        order = {node: place for place, node in enumerate(self.step.graph.nodes)}
+        lows = [low for node, low in self.casting.low.items() if node not in self.casting.natural]
+        made = sorted((low for low in lows if low in order), key=order.__getitem__, reverse=True)
+        read: set[fx.Node] = set()
         for cast in made:
-            read = any(user in self.late for user in cast.users)
-            if read and cast in self.leaves and cast not in self.soft and self._follows(cast):
-                cast.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+            if any(user in self.late or user in read for user in cast.users):
+                read.add(cast)
+                if cast in self.leaves and cast not in self.soft and self._follows(cast):
+                    cast.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
         for up in self.casting.natural:
             if any(user in self.late for user in up.users) and up not in self.late:
                 up.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
