@@ -16,14 +16,14 @@ from typing import ClassVar
 
 import torch
 from memcompile_passes.cast.casting import Casting, is_float32
-from memcompile_passes.cast.islands import Islands, paired, tensor
+from memcompile_passes.cast.islands import Islands, clear_users, paired, tensor
 from memcompile_passes.cast.rules import CONTRACTIONS, Rules
 from memcompile_passes.cast.stored import Stored
 from torch import fx
 
 from memcompile.analysis.ops import op_name
 from memcompile.contract import Context, Exactness, Rewrite
-from memcompile.step import Step, module_names
+from memcompile.step import Step, hint, module_names
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -78,8 +78,11 @@ class Cast(Rewrite):
         (output,) = graph.find_nodes(op="output")
         casting = Casting(graph, DTYPES[self.dtype])
         for node in chosen:
-            casting.lower(node)
-            node.meta["cast"] = self.dtype
+            if _only_grows(node):
+                casting.widen(node)
+            else:
+                casting.lower(node)
+                node.meta["cast"] = self.dtype
         graph.eliminate_dead_code()
         Stored(casting, Step(module, len(output.args[0])), kept).rewrite()
         casting.settle()
@@ -117,6 +120,17 @@ def _given(node: fx.Node) -> fx.Node:
 def _is_half(node: fx.Node) -> bool:
     value = tensor(_given(node))
     return value is not None and value.dtype in DTYPES.values()
+
+
+def _only_grows(node: fx.Node) -> bool:
+    """Whether it gives an output of the graph that is larger than all it reads.
+
+    So are gradients of weights where there are few rows: 16 bits would be one more copy.
+    """
+    value, read = tensor(node), [v for n in node.all_input_nodes if (v := tensor(n)) is not None]
+    if value is None or hint(value.numel()) <= sum(hint(v.numel()) for v in read):
+        return False
+    return any(user.op == "output" for user in clear_users(node))
 
 
 def _reads(node: fx.Node, names: Iterable[str]) -> bool:

@@ -61,6 +61,16 @@ class Casting:
                 if item.meta["val"] is not None and item.meta["val"].dtype == self.dtype:
                     self.raise_(item)
 
+    def widen(self, node: fx.Node) -> None:
+        """Run a contraction in fp32 on what others read in 16 bits."""
+        wide: dict[fx.Node, fx.Node] = {}
+        for read in node.all_input_nodes:
+            if is_float32(read) and source_of(read).op == "call_function":
+                wide[read] = self.up(self.down(read, node), before=node)
+        node.args, node.kwargs = fx.node.map_arg(
+            (node.args, node.kwargs), lambda read: wide.get(read, read)
+        )
+
     def _given(self, value: Any, name: str, reader: fx.Node) -> Any:
         cast = is_float32(value) and name not in STATISTICS
         return self.down(value, reader) if cast else value
@@ -172,18 +182,22 @@ class Casting:
     def settle(self) -> None:
         """Put every cast of an input right before its first reader."""
         assert self.graph is not None
-        order = {node: place for place, node in enumerate(self.graph.nodes)}
         for node in reversed(self.of_inputs):
             if node.users:
-                first = min(node.users, key=order.__getitem__)
-                first.prepend(node)
-                order[node] = order[first] - 0.5
+                min(node.users).prepend(node)
 
 
 def is_float32(value: object) -> bool:
     """Whether it is a node whose value is an fp32 tensor."""
     found = tensor(value)
     return found is not None and found.dtype == torch.float32
+
+
+def source_of(node: fx.Node) -> fx.Node:
+    """What a value is of, before it was moved about."""
+    while is_clear(node) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def inherited(node: fx.Node) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def _is_mean(node: fx.Node) -> bool:
     factors = [_through_clear(node.args[place]) for place in PRODUCTS[op_name(node)]]
     if any(terms > 1 and _divides_by(factor, terms) for factor in factors):
         return True
-    return any(_divides_by(user, terms) or _divides_by_sum(user) for user in _clear_users(node))
+    return any(_divides_by(user, terms) or _divides_by_sum(user) for user in clear_users(node))
 
 
 def _divides_by(node: object, count: int) -> bool:
@@ -137,11 +137,11 @@ def _through_clear(node: object) -> object:
     return node
 
 
-def _clear_users(node: fx.Node) -> list[fx.Node]:
+def clear_users(node: fx.Node) -> list[fx.Node]:
     """What reads the node's numbers, unmoved or moved about."""
     found: list[fx.Node] = []
     for user in node.users:
-        found += _clear_users(user) if is_clear(user) else [user]
+        found += clear_users(user) if is_clear(user) else [user]
     return found
 
 

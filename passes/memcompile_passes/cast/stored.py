@@ -41,6 +41,7 @@ class Stored:
             return
         self.casting, self.step, self.kept = casting, step, kept
         self.late = late_nodes(step)
+        self.written = step.overwritten  #: asked before any node is gone
         self.rounded: set[fx.Node] = set()  #: fp32 values that late nodes read in 16 bits
         self.soft: set[fx.Node] = set()  #: values that would be made of those
         self.leaves: dict[fx.Node, Leaves] = {}  #: 16-bit values that a value can be made of
@@ -183,9 +184,8 @@ class Stored:
 
     def _bind(self) -> None:
         """Casts of inputs, upcasts, and casts of what follows from what is kept: made again."""
-        written = self.step.overwritten
         for cast in self.casting.of_inputs:
-            if not any(read in written for read in _inputs_of(cast)):
+            if not any(read in self.written for read in _inputs_of(cast)):
                 cast.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
         order = {node: place for place, node in enumerate(self.step.graph.nodes)}
         lows = [low for node, low in self.casting.low.items() if node not in self.casting.natural]
