@@ -210,7 +210,8 @@ def step(x, w):
 
 torch.manual_seed(0)
 x, w = torch.randn(64, 32), torch.randn(32, 32, requires_grad=True)
-torch.compile(step, backend="memopt", options={"precision": "bf16", "strict": True})(x, w).backward()
+options = {"precision": "bf16", "strict": True}
+torch.compile(step, backend="memopt", options=options)(x, w).backward()
 report = memcompile.reports()[-1]
 print(json.dumps({
     "cached": report.cached, "hits": counters["aot_autograd"]["autograd_cache_hit"],

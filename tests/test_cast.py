@@ -540,7 +540,7 @@ def test_a_triangle_multiplication_is_as_good_as_under_eager_autocast() -> None:
 def test_precision_is_checked_and_part_of_the_key() -> None:
     keys = {memcompile.Options(precision=p).key() for p in (None, "bf16", "fp16")}
     assert len(keys) == 3
-    with pytest.raises(memcompile.OptionsError, match="precision='fp8'.*'bf16', 'fp16'"):
+    with pytest.raises(memcompile.OptionsError, match=r"precision='fp8'.*'bf16', 'fp16'"):
         memcompile.Options(precision="fp8")
 
 

@@ -135,9 +135,7 @@ class Casting:
             assert op_name(inner) in SPLITS
             parts = self.call(inner.target, args, kwargs, inner, self.suffix, after=inner)
             parts.meta["val"] = value
-            item = self.call(
-                node.target, (parts, node.args[1]), {}, node, self.suffix, after=node
-            )
+            item = self.call(node.target, (parts, node.args[1]), {}, node, self.suffix, after=node)
             item.meta["val"] = value[node.args[1]]
             return item
         moved = self.call(inner.target, args, kwargs, node, self.suffix, after=node)

@@ -18,6 +18,7 @@ from memcompile_passes.cast.rules import (
     BOUNDING,
     CLEAR,
     CONTRACTIONS,
+    DISTANCES,
     FRAME,
     GEOMETRY,
     POINT,
@@ -152,11 +153,10 @@ def _danger(nodes: list[fx.Node]) -> set[fx.Node]:
         name = op_name(node)
         if name in BOUNDING or name in CONTRACTIONS or tensor(node) is None:
             continue
-        if _is_difference(node) or name in GEOMETRY - {"_fft_c2c", "_fft_c2r", "_fft_r2c"}:
+        carries = classify(node) in (Kind.POINTWISE, Kind.REDUCTION) or is_clear(node)
+        carried = carries and any(argument in found for argument in node.all_input_nodes)
+        if carried or _is_difference(node) or name in DISTANCES:
             found.add(node)
-        elif classify(node) in (Kind.POINTWISE, Kind.REDUCTION) or is_clear(node):
-            if any(a in found for a in node.all_input_nodes):
-                found.add(node)
     return found
 
 

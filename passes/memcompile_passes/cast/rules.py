@@ -148,13 +148,13 @@ GEOMETRY = frozenset(
         "linalg_cross",
         "linalg_inv_ex",
         "linalg_qr",
-        "linalg_vector_norm",
     ]
 )
+
+#: Of these, what gives distances.
+DISTANCES = frozenset(["_cdist_forward", "_euclidean_dist", "_pdist_forward"])
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Stands for this file among the parts of the pass, so that an edit of it is one of the pass."""
-
-
+    """Stands for this file among the parts of the pass: an edit of it is one of the pass."""

@@ -35,7 +35,10 @@ class Stored:
     """The early values of one step that late nodes read."""
 
     def __init__(
-        self, casting: Casting | None = None, step: Step | None = None, kept: frozenset[str] = frozenset()
+        self,
+        casting: Casting | None = None,
+        step: Step | None = None,
+        kept: frozenset[str] = frozenset(),
     ) -> None:
         if casting is None or step is None:  # stands for this file among the parts of the pass
             return
@@ -83,9 +86,9 @@ class Stored:
             return nothing
         if node in casting.natural:
             return self.leaves[node.args[0]]
-        if value.dtype == casting.dtype and classify(node) in (Kind.EXTERN, Kind.PART):
-            if not is_clear(node):
-                return frozenset([node])
+        made = classify(node) in (Kind.EXTERN, Kind.PART) and not is_clear(node)
+        if made and value.dtype == casting.dtype:
+            return frozenset([node])
         if is_random(node) or not (is_clear(node) or classify(node) == Kind.POINTWISE):
             return None
         found: set[fx.Node] = set()
@@ -215,13 +218,13 @@ class Stored:
                 self._give_way(node, first)
 
     def _read_moved(self) -> None:
-        """What only late nodes read in fp32, and the forward made in 16 bits, is read from those."""
+        """What late nodes alone read in fp32, and the forward has in 16 bits, is read from those."""
         for node, low in list(self.casting.low.items()):
-            if node in self.late and low not in self.late and node.users:
-                if node not in self.casting.natural:
-                    up = self.casting.up(low, after=low)
-                    self.casting.natural[up] = low
-                    self._give_way(node, up)
+            only_late = node in self.late and low not in self.late
+            if only_late and node.users and node not in self.casting.natural:
+                up = self.casting.up(low, after=low)
+                self.casting.natural[up] = low
+                self._give_way(node, up)
 
     def _give_way(self, node: fx.Node, to: fx.Node) -> None:
         node.replace_all_uses_with(to)
