@@ -2,7 +2,8 @@
 
 Each subject's training step is compiled by Inductor in fp32, by Inductor under autocast, and with
 ``precision="bf16"``, all in one process. Printed are step peaks, measured, and gradient errors
-against float64: the norm of the difference over the norm, all gradients together. Times are
+against float64: the norm of the difference over the norm, all gradients together, at five draws
+of the weights: a single one's rounding errors differ by chance. Times are
 printed where ``--pairs`` asks for them; on a CPU they say little of 16 bits.
 """
 
@@ -19,6 +20,8 @@ from sides import Side
 from subjects import Scale, Subject
 from torch import Tensor, nn
 
+#: Weights at which errors are taken: each a few per cent from the one before.
+DRAWS = 5
 #: Our step peak over fp32's and over autocast's, and our error over autocast's: at most.
 OF_FP32, OF_AUTOCAST, ERROR = 0.60, 0.85, 1.0
 
@@ -29,8 +32,8 @@ class Row:
 
     label: str
     peak: int  #: bytes above what lived before the step
-    error: float  #: of all gradients together, against float64
-    loss: float  #: relative error of the loss
+    error: float  #: of all gradients together, against float64: root mean square over the draws
+    loss: float  #: relative error of the loss, likewise
 
 
 class Autocast(nn.Module):
@@ -58,15 +61,28 @@ def compiled(subject: Subject) -> list[Side]:
 
 def measure(subject: Subject, found: list[Side]) -> list[Row]:
     """Peaks and errors of each side."""
-    loss, exact = sides.float64(subject)
-    rows = []
-    for side in found:
-        peak = side.peak().bytes
-        own_loss, gradients = side.numbers()
-        error = sides.norm([a.double() - b for a, b in zip(gradients, exact, strict=True)])
-        off = abs(float(own_loss) / float(loss) - 1)
-        rows.append(Row(side.label, peak, error / sides.norm(exact), off))
+    rows = [Row(side.label, side.peak().bytes, 0.0, 0.0) for side in found]
+    for draw in range(DRAWS):
+        for module in [subject.module, *(side.module for side in found)]:
+            disturb(module, draw)
+        loss, exact = sides.float64(subject)
+        for side, row in zip(found, rows, strict=True):
+            own_loss, gradients = side.numbers()
+            gap = sides.norm([a.double() - b for a, b in zip(gradients, exact, strict=True)])
+            row.error += (gap / sides.norm(exact)) ** 2 / DRAWS
+            row.loss += (float(own_loss) / float(loss) - 1) ** 2 / DRAWS
+    for row in rows:
+        row.error, row.loss = row.error**0.5, row.loss**0.5
     return rows
+
+
+def disturb(module: nn.Module, draw: int) -> None:
+    """Multiply every parameter by one plus a little noise, the same for the same ``draw``."""
+    generator = torch.Generator().manual_seed(draw)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            parameter.mul_(1 + 0.05 * noise.to(parameter.dtype))
 
 
 def judge(rows: list[Row]) -> list[tuple[str, float, float]]:

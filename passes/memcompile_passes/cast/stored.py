@@ -218,7 +218,7 @@ class Stored:
                 self._give_way(node, first)
 
     def _read_moved(self) -> None:
-        """What late nodes alone read in fp32, and the forward has in 16 bits, is read from those."""
+        """What late nodes alone read in fp32, and the forward has in 16 bits: read from there."""
         for node, low in list(self.casting.low.items()):
             only_late = node in self.late and low not in self.late
             if only_late and node.users and node not in self.casting.natural:
