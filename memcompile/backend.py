@@ -104,7 +104,7 @@ class _Job:
         budget = int(limit.value) - options.reserve_bytes if limit.kind == "bytes" else None
         if budget is not None:
             warn_if_above_free(self.device, budget, held=live.tensor_bytes(example_inputs))
-        passes = resolve(options.passes)
+        passes = resolve(options.pipeline)
         self.watch = watch.current()
         self.code = self._code()
         self.decision_key = self._decision_key(passes)

@@ -40,6 +40,7 @@ _BUDGET_ALLOWED = (
 _RESERVE_ALLOWED = f"{_BYTES_ALLOWED}; zero is allowed"
 _PASSES_ALLOWED = 'None, text such as "recompute" or "default,mine", or a list of texts and passes'
 _LOWERINGS = ("inductor", "eager")
+_PRECISIONS = ("bf16", "fp16")
 
 
 class OptionsError(MemcompileError, ValueError):
@@ -88,6 +89,7 @@ class Options:
     budget: int | float | str | None = None  #: peak of the whole step: see :class:`Budget`
     reserve: int | float | str = 0  #: bytes taken off the budget for what no graph sees
     passes: str | Sequence[Any] | None = None  #: texts and passes; None: every exact built-in
+    precision: str | None = None  #: "bf16" or "fp16": contractions in 16 bits; None: as written
     strict: bool = False  #: refuse what could only be done in part
     lower: str = "inductor"  #: "inductor", or "eager" for tests and debugging
     inductor: Mapping[str, Any] = dataclasses.field(default_factory=dict)  #: config patches
@@ -106,6 +108,8 @@ class Options:
         if "custom_partitioner_fn" in self.inductor:
             allowed = "any of Inductor's settings but custom_partitioner_fn, which is memopt's own"
             raise OptionsError("inductor", dict(self.inductor), allowed)
+        if self.precision is not None and self.precision not in _PRECISIONS:
+            raise OptionsError("precision", self.precision, f"None, {_listed(_PRECISIONS)}")
         if not isinstance(self.strict, bool):
             raise OptionsError("strict", self.strict, "True or False")
         if self.lower not in _LOWERINGS:
@@ -141,6 +145,13 @@ class Options:
         """What ``reserve`` means, in bytes."""
         return _whole_bytes("reserve", self.reserve, least=0, allowed=_RESERVE_ALLOWED)
 
+    @property
+    def pipeline(self) -> Sequence[Any]:
+        """``passes``, behind the cast that ``precision`` asks for."""
+        given = "default" if self.passes is None else self.passes
+        rest = [given] if isinstance(given, str) else list(given)
+        return rest if self.precision is None else [f"cast{{dtype={self.precision}}}", *rest]
+
     def key(self) -> str:
         """A stable text that covers all that changes the compiled code, but not ``passes``.
 
@@ -148,7 +159,10 @@ class Options:
         passes, whose fields and source it knows.
         """
         patches = {key: _stable(value) for key, value in self.inductor.items()}
-        parts = [str(self.limit), self.reserve_bytes, self.strict, self.lower, patches, self.mode]
+        parts = [
+            str(self.limit), self.reserve_bytes, self.precision, self.strict, self.lower, patches,
+            self.mode,
+        ]  # fmt: skip
         return json.dumps(parts, sort_keys=True)
 
 

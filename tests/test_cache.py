@@ -198,3 +198,33 @@ def test_only_loops_of_ours_are_cached() -> None:
         node.meta.pop("loop", None)
     assert not cached(ours), "a loop of the user's"
     assert not torch.ops.higher_order.while_loop.cacheable()
+
+
+PRECISE = """
+import json
+import torch, memcompile
+from torch._dynamo.utils import counters
+
+def step(x, w):
+    return torch.tanh(x @ w).square().mean()
+
+torch.manual_seed(0)
+x, w = torch.randn(64, 32), torch.randn(32, 32, requires_grad=True)
+options = {"precision": "bf16", "strict": True}
+torch.compile(step, backend="memopt", options=options)(x, w).backward()
+report = memcompile.reports()[-1]
+print(json.dumps({
+    "cached": report.cached, "hits": counters["aot_autograd"]["autograd_cache_hit"],
+    "changed": [ran.changed for ran in report.passes if ran.by == "cast"],
+    "gradient": w.grad.sum().item(), "dtype": str(w.grad.dtype),
+}))
+"""
+
+
+@pytest.mark.slow
+def test_a_second_process_has_its_casts_from_the_cache(tmp_path: Path) -> None:
+    """Under autocast inside the graph torch's cache is missed (pytorch #191106)."""
+    first, second = (run(tmp_path, source=PRECISE) for _ in range(2))
+    assert not first["cached"] and first["changed"] == [True] and not first["hits"]
+    assert second["cached"] and second["hits"] == 1
+    assert first["gradient"] == second["gradient"] and second["dtype"] == "torch.float32"

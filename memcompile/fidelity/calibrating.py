@@ -64,7 +64,7 @@ def calibrate(
         if bound is not None and not (isinstance(bound, (int, float)) and bound > 0):
             raise OptionsError(name, bound, "None, or a number above 0")
     parsed = Options.parse(options)
-    passes = resolve(parsed.passes)
+    passes = resolve(parsed.pipeline)
     subject = Subject(model, inputs, loss)
     search = _Search(subject, options, passes, max_error, max_grad_error)
     within = search.run({})

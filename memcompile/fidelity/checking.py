@@ -47,7 +47,7 @@ def check(model: Any, *inputs: Any, loss: Any = None, **options: Any) -> Fidelit
         FidelityError: the step does not run in float64.
     """
     parsed = Options.parse(options)
-    passes = resolve(parsed.passes)
+    passes = resolve(parsed.pipeline)
     subject = Subject(model, inputs, loss)
     as_eager = _torch.inductor_config.fallback_random or parsed.inductor.get("fallback_random")
     table = None if as_eager else usual_decompositions()
