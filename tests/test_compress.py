@@ -33,7 +33,9 @@ class Planned(memcompile.MemcompileError):
     """The plan is made: nothing need be compiled."""
 
 
-def plan(function: Callable[..., Any], inputs: tuple[Any, ...]) -> dict[str, Any]:
+def plan(
+    function: Callable[..., Any], inputs: tuple[Any, ...], passes: str = "compress"
+) -> dict[str, Any]:
     """What compress decides at its least peak, by Inductor's schedule, before any C++."""
     found: list[dict[str, Any]] = []
     original = memcompile.compiler.explain
@@ -45,7 +47,7 @@ def plan(function: Callable[..., Any], inputs: tuple[Any, ...]) -> dict[str, Any
     torch._dynamo.reset()
     stopped = mock.patch.object(memcompile.compiler, "explain", explain)
     with short_planning(), stopped, pytest.raises(Planned):
-        memopt(function, "min", "inductor", passes="compress", strict=True)(*inputs)
+        memopt(function, "min", "inductor", passes=passes, strict=True)(*inputs)
     return found[0]
 
 
@@ -70,9 +72,9 @@ class Shrunk:
         return self.before / self.after
 
 
-def shrink(function: Callable[..., Any], *inputs: Any) -> Shrunk:
+def shrink(function: Callable[..., Any], *inputs: Any, passes: str = "compress") -> Shrunk:
     """Saved bytes of Inductor's split and of compress at its least peak."""
-    made = plan(function, inputs)
+    made = plan(function, inputs, passes)
     own, drafted, step = made["before"], made["after"], made["after_step"]
     how = {row.value: row.how for row in made["explained"].moves}
     return Shrunk(saved(own, made["step"]), saved(drafted, step), how, drafted, step)
