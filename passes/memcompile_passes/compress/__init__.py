@@ -4,8 +4,8 @@ Two ways. A *codec* stores a value encoded (``bits``, ``integers``, ``floats``, 
 package registers). And what follows from values that are kept anyway is not stored at all: masks
 from what they were compared on, one side of a GELU, copies and products of smaller factors. That
 is recomputation without library calls: elementwise ops and copies alone, and products that are
-much larger than their factors. What is lost with ``lossy=`` is a bounded share of each number's
-group; ``sensitive`` values lose nothing. Cf. Jain et al., "Gist" (2018); structure first, data never.
+much larger than their factors. Cf. Jain et al., "Gist" (2018); structure first, data never. What
+is lost with ``lossy=`` is a bounded share of each number; ``sensitive`` values lose nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from memcompile_passes.compress.groups import Groups
 from memcompile_passes.compress.integers import Integers
 from memcompile_passes.compress.scaled import Scaled, cast
 from memcompile_passes.compress.sensitive import Read, is_sensitive, unknown
+from memcompile_passes.compress.triangles import Triangles
 from memcompile_passes.compress.whole import Int2, Int4, Int8
 from torch import fx
 
@@ -35,7 +36,7 @@ from memcompile.step import Step, hint, must_save, tensor_size
 #: The entry points of codecs.
 GROUP = "memcompile.codecs"
 #: The built-in codecs, all of them exact.
-EXACT: tuple[Codec, ...] = (Bits(), Integers(), Floats())
+EXACT: tuple[Codec, ...] = (Bits(), Integers(), Floats(), Triangles())
 #: The lossy ones.
 LOSSY: dict[str, type[Scaled]] = {codec.name: codec for codec in (Fp8, Int8, Int4, Int2)}
 #: What lossy codecs work by: an edit of those files is a cache miss.

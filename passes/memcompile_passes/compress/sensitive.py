@@ -28,7 +28,7 @@ _WIDE = frozenset(
 )
 _STATISTICS = REDUCTION - _WIDE | {"linalg_vector_norm", "_cdist_forward", "sqrt", "rsqrt"}
 _POWERS = frozenset(
-    [
+    {
         "exp",
         "exp2",
         "expm1",
@@ -45,7 +45,7 @@ _POWERS = frozenset(
         "_softmax",
         "_log_softmax",
         "prepare_softmax_online",
-    ]
+    }
 )
 _COMPARISONS = frozenset({"le", "lt", "ge", "gt", "eq", "ne"})
 _STEPS = frozenset({"floor", "ceil", "round", "trunc", "fmod", "remainder", "frac"})
