@@ -1,6 +1,7 @@
 """Lossy codecs: a bound on every number, no number unscaled, and sensitive values left alone."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,18 @@ from memcompile_passes.compress.groups import LEAST, Groups
 from memcompile_passes.compress.scaled import Scaled
 from memcompile_passes.compress.sensitive import KINDS, is_sensitive
 from memcompile_passes.compress.whole import Int2, Int4, Int8, uniform
-from test_compress import LATE, Masked, chain, shrink, strided
+from test_compress import (
+    KERNEL,
+    LATE,
+    Masked,
+    chain,
+    pointers,
+    shrink,
+    strided,
+    written as loops_written,
+)
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 import memcompile
 from memcompile import Context, PassError
@@ -165,7 +176,7 @@ def test_kept_values_take_fewer_bytes(lossy: str, dtype: torch.dtype, least: flo
 # -- whole steps ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("lossy", "dynamic"), [("fp8", True), ("int8", False), ("int4", True)])
+@pytest.mark.parametrize(("lossy", "dynamic"), [("fp8", False), ("int8", False), ("int4", True)])
 def test_every_move_is_sound(lossy: str, dynamic: bool) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(13, 24), nn.Tanh(), nn.Linear(24, 12), nn.ReLU())
@@ -194,12 +205,21 @@ def test_compiled_steps_are_as_close_as_eager_ones() -> None:
     exact_loss, exact = gradients("", "eager")
     errors = []
     for lower in ("eager", "inductor"):
-        loss, got = gradients("compress{lossy=int8,factors=False}", lower)
+        passes = "compress{lossy=int8,factors=False}"
+        (loss, got), codes = run_and_get_code(functools.partial(gradients, passes, lower))
         assert "int8" in [move.how for move in memcompile.reports()[-1].moves]
         torch.testing.assert_close(loss, exact_loss, rtol=1e-4, atol=0)
         errors.append(float((got - exact).norm() / exact.norm()))
     assert min(errors) > 0 and max(errors) < Int8().error
     assert max(errors) < 1.3 * min(errors)  # the same codes, but for numbers at a step's edge
+
+    forward, backward = codes  # no function of the forward's only encodes, none only decodes
+    written = [pointers(given) for _, given, _ in KERNEL.findall(forward)]
+    encoding = [set(dtypes.values()) for dtypes in written if "int8_t" in dtypes.values()]
+    assert len(encoding) >= 2 and all("float" in dtypes for dtypes in encoding)
+    read = [given for _, given, _ in KERNEL.findall(backward) if "int8_t" in given]
+    assert len(read) >= 3 and all(given.count("int8_t") == 1 for given in read)
+    assert all(dtypes == {"float"} for dtypes in loops_written(backward))
 
 
 def test_kernels_give_the_codes_that_eager_ops_give() -> None:
