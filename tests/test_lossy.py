@@ -375,6 +375,21 @@ def moves(step: Any, lossy: str) -> dict[Any, list[str]]:
     return found
 
 
+def test_nothing_is_lost_without_a_backward() -> None:
+    """What an inference graph returns may hang on any value that it holds for a while."""
+    model, x = chain(3, nn.Tanh).requires_grad_(False), torch.randn(64, 64)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        first = model(x)
+        return (first @ first.T).sin().sum() + first.sum()
+
+    compiled = memopt(step, "min", passes="compress{lossy=int8}", strict=True)
+    torch.testing.assert_close(compiled(x), step(x))
+    report = memcompile.reports()[-1]
+    assert report.kind == "inference" and "nothing is lost" in report.passes[0].note
+    assert "int8" not in [move.how for move in report.moves]
+
+
 # -- options -------------------------------------------------------------------------------------
 
 

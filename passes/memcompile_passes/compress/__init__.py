@@ -112,8 +112,12 @@ class Compress(Proposer):
 
     def propose(self, step: Step, context: Context) -> Iterable[Proposal]:
         """For each value the ways there are to store less of it."""
-        losing = [codec for codec in self._chosen if codec.exactness == "no"]
-        if losing:
+        codecs = sorted(self._chosen, key=lambda codec: codec.exactness == "no")
+        losing = [codec for codec in codecs if codec.exactness == "no"]
+        if losing and step.late_from is not None:  # what it returns may hang on any value
+            context.note("nothing is lost in a graph that is not split")
+            codecs = [codec for codec in codecs if codec not in losing]
+        elif losing:
             self._tell(losing, step, context)
         for value in step.early_values():
             tensor = value.meta["val"]
@@ -122,7 +126,7 @@ class Compress(Proposer):
             if self.factors and (how := follows(value)):
                 yield Proposal(value, how)
             if tensor.layout == torch.strided and step.bytes(value) >= self.least:
-                yield from self._encoded(value, step, context)
+                yield from self._encoded(codecs, value, step, context)
 
     def _tell(self, losing: list[Codec], step: Step, context: Context) -> None:
         """What is named and is not there; and, without a calibration, that nothing is checked."""
@@ -137,9 +141,11 @@ class Compress(Proposer):
     def _sensitive(self) -> tuple[str, ...]:
         return (self.sensitive,) if isinstance(self.sensitive, str) else self.sensitive
 
-    def _encoded(self, value: fx.Node, step: Step, context: Context) -> Iterable[Proposal]:
+    def _encoded(
+        self, codecs: list[Codec], value: fx.Node, step: Step, context: Context
+    ) -> Iterable[Proposal]:
         least = step.bytes(value)
-        for codec in sorted(self._chosen, key=lambda codec: codec.exactness == "no"):
+        for codec in codecs:
             if codec.exactness == "no" and (
                 value.name in context.exact or is_sensitive(value, step, self._sensitive)
             ):
