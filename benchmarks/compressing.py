@@ -3,13 +3,18 @@
 Each subject is compiled by Inductor and with ``passes="compress"`` at ``budget="min"``; the two
 are timed in alternated pairs. Pin it to one core where the machine has others' work
 (``taskset -c 0``). Gist (Jain et al. 2018) reports 1.8x less at 1.04x the time.
+
+``--frontier 8`` drafts, and does not run, the cheapest plans at so many budgets with
+``passes="default"`` and with ``"default,compress"``: the second is to be no slower at any.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
+from unittest import mock
 
 import sides
 import torch
@@ -18,6 +23,8 @@ from subjects import Subject, evoformer
 from torch import Tensor, nn
 
 import memcompile
+from memcompile.ladder import Ladder
+from memcompile.planner import Planner
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,13 +132,58 @@ def measure(name: str, pairs: int) -> bool:
     return met
 
 
+class Stop(memcompile.MemcompileError):
+    """The plans are drafted: nothing need be compiled."""
+
+
+def ladder(subject: Subject, passes: str) -> tuple[Ladder, Planner]:
+    """All plans found for a subject's step, and what found them."""
+    found: list[tuple[Ladder, Planner]] = []
+    build = Planner.build
+
+    def stop(self: Planner) -> Ladder:
+        found.append((build(self), self))
+        raise Stop
+
+    options = {"budget": "min", "passes": passes, "strict": True}
+    torch.compiler.reset()
+    with mock.patch.object(Planner, "build", stop), contextlib.suppress(Stop):
+        torch.compile(subject.module, backend="memopt", options=options)(*subject.inputs)
+    return found[0]
+
+
+def frontier(name: str, count: int) -> bool:
+    """Print predicted times at even budgets; whether compress costs none anywhere."""
+    (alone, planner), (both, _) = (
+        ladder(SUBJECTS[name][0](), passes) for passes in ("default", "default,compress")
+    )
+    before, top = planner.draft.before, planner.ground_draft
+    floors = alone.floor.peak - before, both.floor.peak - before
+    print(f"{name}: least step peak {floors[0] / 1e6:.1f} MB, with compress {floors[1] / 1e6:.1f}")
+    least, met = max(alone.floor.peak, both.floor.peak), True
+    for place in range(count):
+        budget = least + (top.peak - least) * place // (count - 1)
+        one, two = alone.fit(budget), both.fit(budget)
+        assert one is not None and two is not None
+        share = (budget - before) / (top.peak - before)
+        one_time, two_time = one.seconds / top.seconds, two.seconds / top.seconds
+        met &= two_time <= one_time
+        print(f"  {share:6.1%} of Inductor's step peak: {one_time:.3f}x, with compress", end=" ")
+        print(f"{two_time:.3f}x", "" if two_time <= one_time else " SLOWER", flush=True)
+    return met
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help=", ".join(SUBJECTS))
     parser.add_argument("--pairs", type=int, default=20, help="of each time ratio; 0 leaves it out")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--frontier", type=int, default=0, metavar="N", help="at N budgets")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    if given.frontier:
+        names = given.names or SUBJECTS
+        return 0 if all([frontier(name, given.frontier) for name in names]) else 1
     return 0 if all([measure(name, given.pairs) for name in given.names or SUBJECTS]) else 1
 
 

@@ -44,6 +44,10 @@ class Context:
         """
         if self.strict:
             raise PassError(text)
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """Tell the user what is no fault: it is added to what the report says of the pass."""
         self.remarks.append(text)
 
 
@@ -120,7 +124,7 @@ class Codec(abc.ABC):
 
     name: ClassVar[str]
     exactness: ClassVar[Exactness] = "bits"  #: ``"no"`` for a lossy one: it runs when named
-    error: ClassVar[float] = 0.0  #: the largest relative error of a lossy one's values
+    error: float = 0.0  #: the largest relative error of a lossy one's values
 
     @abc.abstractmethod
     def coding(self, value: fx.Node, step: Step) -> Coding | None:

@@ -229,23 +229,21 @@ class Planner:
 
     def _drops(self, now: Drafted, every: bool = False) -> list[_Drop]:
         """Ways to free a value stored at the peak, best bytes a second first."""
-        stored = frozenset(now.saved)
-        at_peak = stored if every else self._stored_at_peak(now)
-        copies = frozenset(now.copies)
+        stored, copies = frozenset(now.saved), frozenset(now.copies)
+        at_peak = stored.union(now.stored) if every else self._stored_at_peak(now)
         options = []
-        for value in now.saved:
-            if value not in at_peak:
+        for value in (*now.saved, *now.plan.rebuilt):
+            move = now.plan.rebuilt.get(value)  # what is encoded may take less still
+            size = _encoded_bytes(self.draft, move) if move else self.draft.info[value].bytes
+            if not size or at_peak.isdisjoint(_encoded(move) if move else [value]):
                 continue
-            size = self.draft.info[value].bytes
-            if value in self.again and size:
+            if value in self.again:
                 seconds = self._chain_seconds(value, stored, copies)
                 options.append(_Drop(value, None, size, seconds))
             for other in self.others.get(value, ()):
-                if other.rebuild is None:
-                    continue
                 kept = _encoded_bytes(self.draft, other)
                 if kept < size:
-                    seconds = 4 * size / self.draft.rates.memory
+                    seconds = 4 * self.draft.info[value].bytes / self.draft.rates.memory
                     options.append(_Drop(value, other, size - kept, seconds))
         order = self.draft.step.order
         options.sort(key=lambda o: (-o.bytes / (o.seconds + 1e-9), order[o.value]))
@@ -338,12 +336,16 @@ class _Drop:
     seconds: float
 
 
-def _encoded_bytes(draft: Draft, proposal: Proposal) -> int:
+def _encoded(proposal: Proposal) -> list[fx.Node]:
     how = proposal.rebuild
     if how is None or how.encode is None:
-        return 0
+        return []
     (output,) = how.encode.graph.find_nodes(op="output")
-    return sum(draft.step.bytes(out) for out in output.args[0])
+    return list(output.args[0])
+
+
+def _encoded_bytes(draft: Draft, proposal: Proposal) -> int:
+    return sum(draft.step.bytes(out) for out in _encoded(proposal))
 
 
 def _without(plan: Plan, drops: Iterable[_Drop]) -> Plan:

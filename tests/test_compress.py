@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from memcompile_passes.compress import Compress
 from memcompile_passes.compress.bits import coded, row_dim
 from memcompile_passes.compress.floats import holder
+from memcompile_passes.compress.triangles import Triangles, folded
 from torch import nn
 from torch._inductor.utils import run_and_get_code
 
@@ -27,13 +28,16 @@ from memcompile import Codec, Coding, PassError, rebuild
 from memcompile.analysis.ranges import Ranges
 from memcompile.registry import defaults, resolve, source_key, spell
 from memcompile.testing import capture, check_pass
+from memcompile.testing.numbers import same
 
 
 class Planned(memcompile.MemcompileError):
     """The plan is made: nothing need be compiled."""
 
 
-def plan(function: Callable[..., Any], inputs: tuple[Any, ...]) -> dict[str, Any]:
+def plan(
+    function: Callable[..., Any], inputs: tuple[Any, ...], passes: str = "compress"
+) -> dict[str, Any]:
     """What compress decides at its least peak, by Inductor's schedule, before any C++."""
     found: list[dict[str, Any]] = []
     original = memcompile.compiler.explain
@@ -45,7 +49,7 @@ def plan(function: Callable[..., Any], inputs: tuple[Any, ...]) -> dict[str, Any
     torch._dynamo.reset()
     stopped = mock.patch.object(memcompile.compiler, "explain", explain)
     with short_planning(), stopped, pytest.raises(Planned):
-        memopt(function, "min", "inductor", passes="compress", strict=True)(*inputs)
+        memopt(function, "min", "inductor", passes=passes, strict=True)(*inputs)
     return found[0]
 
 
@@ -70,9 +74,9 @@ class Shrunk:
         return self.before / self.after
 
 
-def shrink(function: Callable[..., Any], *inputs: Any) -> Shrunk:
+def shrink(function: Callable[..., Any], *inputs: Any, passes: str = "compress") -> Shrunk:
     """Saved bytes of Inductor's split and of compress at its least peak."""
-    made = plan(function, inputs)
+    made = plan(function, inputs, passes)
     own, drafted, step = made["before"], made["after"], made["after_step"]
     how = {row.value: row.how for row in made["explained"].moves}
     return Shrunk(saved(own, made["step"]), saved(drafted, step), how, drafted, step)
@@ -414,6 +418,82 @@ def test_rounding_under_inductor_is_inductors() -> None:
     assert all(b <= max(1.5 * a, 1e-7) for a, b in zip(own, ours, strict=True))
 
 
+# -- triangles ---------------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(
+    n=st.integers(3, 12),
+    rest=st.lists(st.integers(1, 5), max_size=2),
+    at=st.integers(0, 2),
+    side=st.sampled_from(["both", "lower", "upper"]),
+)
+def test_a_folded_triangle_comes_back(n: int, rest: list[int], at: int, side: str) -> None:
+    x = torch.randn(n, n, *rest)
+    triangle = x + x.transpose(0, 1)
+    if side != "both":
+        keep = torch.ones(n, n).tril() > 0 if side == "lower" else torch.ones(n, n).triu() > 0
+        triangle = torch.where(keep.view(n, n, *[1] * len(rest)), x, 0)
+    one = min(at, len(rest))
+    triangle = triangle.movedim((0, 1), (one, one + 1))
+    coding = folded(triangle, one, one + 1, side)
+    stored = coding.encode(triangle)
+    assert stored.nbytes == coding.bytes(triangle) <= triangle.nbytes * (n + 1) ** 2 / n**2 / 2
+    assert same(coding.decode(stored), triangle)
+
+
+@pytest.mark.parametrize(
+    ("function", "found"),
+    [
+        (lambda x, v: x + x.T, True),
+        (lambda x, v: (x + x.T).abs() * 3 - 1, True),
+        (lambda x, v: v[:, None] * v[None], True),
+        (lambda x, v: torch.where(v[:, None] + v[None] > 0, x + x.T, 2.0), True),
+        (lambda x, v: (x[None] * x[:, None]).permute(2, 0, 1), True),  # in two of its dimensions
+        (lambda x, v: x + x, False),
+        (lambda x, v: x - x.T, False),
+        (lambda x, v: torch.maximum(x, x.T), False),  # zeros of two signs
+        (lambda x, v: x + x.T * 2, False),
+        (lambda x, v: (x + x.T) * v, False),
+        (lambda x, v: v[:, None] * v.sin()[None], False),
+        (lambda x, v: x + x.flip(0).T, False),
+        (lambda x, v: x.tril(), True),
+        (lambda x, v: x.triu(1).relu(), True),
+        (lambda x, v: torch.where(torch.ones(7, 7).tril().bool(), x, 0.0), False),  # not followed
+        (lambda x, v: x.tril(1), False),
+        (lambda x, v: x.tril(-1).bfloat16(), True),
+        (lambda x, v: torch.where(x.T > 0, x, 0.0), False),
+    ],
+)
+def test_triangles_are_read_off_the_graph(function: Any, found: bool) -> None:
+    step = capture(lambda x, v: function(x * 2, v * 2), torch.randn(7, 7), torch.randn(7))[0].step
+    (value, *_) = step.outputs
+    assert (Triangles().coding(step.roots[value], step) is not None) is found
+
+
+def test_of_symmetric_pairs_a_triangle_is_kept() -> None:
+    def pairs(z: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        hidden = z @ weight
+        both = hidden + hidden.transpose(0, 1)
+        return (both.tril() * 2 + both * both.square()).square().mean()
+
+    weight = torch.randn(9, 9, requires_grad=True)
+    checked = check_pass(Compress(least=0), pairs, torch.randn(9, 9, 9), weight)
+    assert checked.error == 0.0 and checked.moves > 3
+
+    def products(z: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        both = z @ weight
+        return ((both + both.transpose(0, 1)) @ weight).sum()
+
+    x, w = torch.randn(64, 64, 8), torch.randn(8, 8, requires_grad=True)
+    graph = capture(products, x, w)[0]
+    offered = Compress().propose(graph.step, memcompile.Context())
+    moves = {m.value: m for m in offered if m.how == "triangles"}
+    ((value, move),) = moves.items()
+    (output,) = move.rebuild.encode.graph.find_nodes(op="output")
+    assert graph.step.bytes(value) / graph.step.bytes(output.args[0][0]) > 1.96
+
+
 # -- what is proved ----------------------------------------------------------------------------
 
 
@@ -578,4 +658,6 @@ def test_a_codec_is_held_to_its_byte_formula() -> None:
 def test_it_runs_when_named_and_codecs_are_in_its_key() -> None:
     assert "compress" not in [each.name for each in defaults()]
     assert source_key(Compress(codecs=(Halves(),))) != source_key(Compress(codecs=(Wrong(),)))
-    assert {type(part).__name__ for part in Compress().parts} == {"Bits", "Integers", "Floats"}
+    assert {type(part).__name__ for part in Compress().parts} == {
+        *("Bits", "Integers", "Floats", "Triangles")
+    }

@@ -1,10 +1,11 @@
-"""Compress: keep what is needed late in the fewest bytes, and lose nothing.
+"""Compress: keep what is needed late in the fewest bytes, and lose nothing unless asked to.
 
 Two ways. A *codec* stores a value encoded (``bits``, ``integers``, ``floats``, and whatever a
 package registers). And what follows from values that are kept anyway is not stored at all: masks
 from what they were compared on, one side of a GELU, copies and products of smaller factors. That
 is recomputation without library calls: elementwise ops and copies alone, and products that are
-much larger than their factors. Cf. Jain et al., "Gist" (2018); structure first, data never.
+much larger than their factors. Cf. Jain et al., "Gist" (2018); structure first, data never. What
+is lost with ``lossy=`` is a bounded share of each number; ``sensitive`` values lose nothing.
 """
 
 from __future__ import annotations
@@ -13,12 +14,18 @@ import dataclasses
 import functools
 import importlib.metadata
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from memcompile_passes.compress.bits import Bits
 from memcompile_passes.compress.floats import Floats
+from memcompile_passes.compress.fp8 import Fp8
+from memcompile_passes.compress.groups import Groups
 from memcompile_passes.compress.integers import Integers
+from memcompile_passes.compress.scaled import Scaled, cast
+from memcompile_passes.compress.sensitive import Read, is_sensitive, unknown
+from memcompile_passes.compress.triangles import Triangles
+from memcompile_passes.compress.whole import Int2, Int4, Int8
 from torch import fx
 
 from memcompile.analysis.ops import DRAWN, classify, op_name, runs_twice
@@ -29,7 +36,11 @@ from memcompile.step import Step, hint, must_save, tensor_size
 #: The entry points of codecs.
 GROUP = "memcompile.codecs"
 #: The built-in codecs, all of them exact.
-EXACT: tuple[Codec, ...] = (Bits(), Integers(), Floats())
+EXACT: tuple[Codec, ...] = (Bits(), Integers(), Floats(), Triangles())
+#: The lossy ones.
+LOSSY: dict[str, type[Scaled]] = {codec.name: codec for codec in (Fp8, Int8, Int4, Int2)}
+#: What lossy codecs work by: an edit of those files is a cache miss.
+SHARED = (Groups((), 0, False), cast(torch.int8), Read.FREELY)
 #: A product is made again where it is so many times as large as its factors.
 OUTER = 4
 
@@ -44,10 +55,23 @@ class Compress(Proposer):
     least: int = 256  #: bytes; smaller values are left alone
     codecs: tuple[str | Codec, ...] | str = "default"  #: names, or codecs; "default": built-in
     factors: bool = True  #: whether to make values again that follow from others
+    lossy: str = ""  #: what else floats may be kept as: fp8, int8, int4, int2
+    group: int = 64  #: elements that share a scale there, at most
+    stochastic: bool = False  #: whether int8 rounds as int4 and int2 do
+    seed: int = 0  #: of that rounding
+    sensitive: tuple[str, ...] | str = "default"  #: what loses nothing: kinds, ops, modules
 
     def __post_init__(self) -> None:
         if self.least < 0:
             raise ValueError(f"least={self.least} is below 0")
+        names = self.sensitive if isinstance(self.sensitive, (list, tuple)) else [self.sensitive]
+        if not all(isinstance(name, str) and name for name in names):
+            raise ValueError(
+                f"sensitive={self.sensitive!r} names no kinds, ops or modules; write one, such as "
+                "sensitive=exp, or several as sensitive=('default','head.*')"
+            )
+        if isinstance(self.sensitive, list):
+            object.__setattr__(self, "sensitive", tuple(self.sensitive))
         given = (self.codecs,) if isinstance(self.codecs, (str, Codec)) else tuple(self.codecs)
         object.__setattr__(self, "codecs", given[0] if given == ("default",) else given)
         self._chosen  # noqa: B018  what is misspelt is an error now
@@ -56,16 +80,29 @@ class Compress(Proposer):
     def _chosen(self) -> tuple[Codec, ...]:
         """The codecs, in order; one of each name."""
         found: dict[str, Codec] = {}
-        for given in (self.codecs,) if isinstance(self.codecs, str) else self.codecs:
+        named = (self.codecs,) if isinstance(self.codecs, str) else self.codecs
+        for given in (*named, *self._lossy):
             for codec in EXACT if given == "default" else (_codec(given),):
                 if found.setdefault(codec.name, codec) is not codec:
                     raise ValueError(f"two codecs are named {codec.name!r}; name each once")
         return tuple(found.values())
 
+    @functools.cached_property
+    def _lossy(self) -> tuple[Scaled, ...]:
+        """The built-in lossy codec that is asked for."""
+        if not self.lossy:
+            return ()
+        if self.lossy not in LOSSY:
+            raise ValueError(f"lossy={self.lossy!r}; allowed: {', '.join(LOSSY)}")
+        given: dict[str, Any] = {"group": self.group}
+        if self.lossy != "fp8":
+            given |= {"stochastic": self.stochastic or self.lossy != "int8", "seed": self.seed}
+        return (LOSSY[self.lossy](**given),)
+
     @property
     def parts(self) -> tuple[object, ...]:
         """The codecs: an edit of theirs is an edit of the pass."""
-        return (*EXACT, *self._chosen)
+        return (*EXACT, *self._chosen, *(SHARED if self.lossy else ()))
 
     @property
     def exactness(self) -> Exactness:
@@ -75,6 +112,13 @@ class Compress(Proposer):
 
     def propose(self, step: Step, context: Context) -> Iterable[Proposal]:
         """For each value the ways there are to store less of it."""
+        codecs = sorted(self._chosen, key=lambda codec: codec.exactness == "no")
+        losing = [codec for codec in codecs if codec.exactness == "no"]
+        if losing and step.late_from is not None:  # what it returns may hang on any value
+            context.note("nothing is lost in a graph that is not split")
+            codecs = [codec for codec in codecs if codec not in losing]
+        elif losing:
+            self._tell(losing, step, context)
         for value in step.early_values():
             tensor = value.meta["val"]
             if must_save(value) or not isinstance(tensor, torch.Tensor):
@@ -82,20 +126,42 @@ class Compress(Proposer):
             if self.factors and (how := follows(value)):
                 yield Proposal(value, how)
             if tensor.layout == torch.strided and step.bytes(value) >= self.least:
-                yield from self._encoded(value, step)
+                yield from self._encoded(codecs, value, step, context)
 
-    def _encoded(self, value: fx.Node, step: Step) -> Iterable[Proposal]:
-        for codec in self._chosen:
-            coding = codec.coding(value, step)
-            if coding is None or hint(coding.bytes(value.meta["val"])) >= step.bytes(value):
+    def _tell(self, losing: list[Codec], step: Step, context: Context) -> None:
+        """What is named and is not there; and how far each codec may be off."""
+        for name in self._sensitive:
+            if unknown(step, name):
+                context.remark(f"sensitive={name!r} is no kind, op or module of this graph")
+        context.note(", ".join(f"{codec.name} (error {codec.error:.2g})" for codec in losing))
+
+    @property
+    def _sensitive(self) -> tuple[str, ...]:
+        return (self.sensitive,) if isinstance(self.sensitive, str) else self.sensitive
+
+    def _encoded(
+        self, codecs: list[Codec], value: fx.Node, step: Step, context: Context
+    ) -> Iterable[Proposal]:
+        least = step.bytes(value)
+        for codec in codecs:
+            if codec.exactness == "no" and (
+                value.name in context.exact or is_sensitive(value, step, self._sensitive)
+            ):
                 continue
+            coding = codec.coding(value, step)
+            if coding is None:
+                continue
+            said = hint(coding.bytes(value.meta["val"]))
+            if said >= (least if codec.exactness == "no" else step.bytes(value)):
+                continue  # a lossy one only where it takes less than the exact ones
             made = rebuild(value, coding.decode, coding.encode, coding.reads)
             stored = sum(hint(tensor_size(out.meta["val"])) for out in _outputs(made.encode))
-            if stored != hint(coding.bytes(value.meta["val"])):
+            if stored != said:
                 raise ValueError(
-                    f"codec {codec.name} says {hint(coding.bytes(value.meta['val']))} bytes of "
+                    f"codec {codec.name} says {said} bytes of "
                     f"node {value.name} and stores {stored}; mend its byte formula"
                 )
+            least = min(least, said)
             yield Proposal(value, codec.name, made)
 
 
