@@ -322,6 +322,25 @@ def test_a_decision_is_read_back_and_is_part_of_the_key() -> None:
     assert train(model, x, passes="default").fidelity == ""
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precision": "bf16"},
+        {"passes": "compress{lossy=int4,factors=False}", "budget": "min"},
+    ],
+    ids=["casts", "codecs"],
+)
+def test_the_built_in_inexact_passes_are_held_to_a_bound(options: dict[str, Any]) -> None:
+    model, x = layers(3), rows(64, 16)
+    before = calibrate(model, x, max_grad_error=10.0, **options, **EAGER)
+    assert before.grad_error > 1e-4 and not before.exact
+    bound = before.grad_error / 2
+    done = calibrate(model, x, max_grad_error=bound, **options, **EAGER)
+    assert done.exact and done.grad_error <= bound
+    report = train(model, x, **options)
+    assert report.fidelity.startswith("calibrated") and f"<= {bound:g}" in report.fidelity
+
+
 def test_dynamic_lengths_share_a_decision() -> None:
     model, passes = normed(), [NaiveVariance()]
     x = rows(64, 16)

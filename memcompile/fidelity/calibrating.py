@@ -116,12 +116,13 @@ class _Search:
     def _plain(self) -> Ran:
         """The step without inexact passes; at its least peak where it does not fit with them."""
         kept = [each for each in self.passes if each.exactness != "no"]
+        options = {**self.options, "passes": kept, "precision": None}
         self.steps += 1
         try:
-            return compiled(self.subject, {**self.options, "passes": kept}, {})[0]
+            return compiled(self.subject, options, {})[0]
         except BudgetError:
             self.notes.append("the exact plan does not fit the budget: its least peak was taken")
-            return compiled(self.subject, {**self.options, "passes": kept, "budget": "min"}, {})[0]
+            return compiled(self.subject, {**options, "budget": "min"}, {})[0]
 
     def run(self, exact: dict[str, frozenset[str]]) -> bool:
         """Run the step with these nodes exact; whether it is within the bounds."""
