@@ -60,7 +60,7 @@ def forms(step: Step, seed: fx.Node, dim: int, kept: Collection[fx.Node] = ()) -
             yield Form(*layer).settled()
         return
     yield Form(step, found).settled()
-    wide = widened(step, found)
+    wide = widened(step, found, () if step.sides.late else kept)
     if wide is not None or layer is not None:
         others = [Form(step, wide)] if wide else []
         others += [Form(*layer)] if layer else []
