@@ -9,11 +9,12 @@ from memcompile.ladder import Ladder, Rung
 from memcompile.plan import Drafted
 from memcompile.planner import Planner
 from memcompile.split import Split, rewrite_whole, split
-from memcompile.step import Step
+from memcompile.step import Step, is_loop
 
 #: Share of the room that is aimed for: what a draft leaves out is small, but not nothing.
 AIM = 0.995
-#: Peaks that are as good as the least one, as multiples of it.
+#: Peaks that are as good as the least one of a step with loops, as multiples of it: the last bytes
+#: of it cost many chunks.
 NEAR = 1.01
 #: A draft further above what was lowered than this wastes memory, and is tried anew.
 WASTE = 0.95
@@ -62,16 +63,19 @@ class Search:
         self.least = first  #: the lowest peak seen
 
     def lowest(self) -> Tried:
-        """The least lowered peak found, to within a hundredth of it: of those the quickest."""
+        """The least lowered peak found, ties by time; with loops what is as good is a tie."""
         least, inputs = self.ladder.floor.peak, self.step.input_bytes()
-        floor = self.ladder.fit(inputs + int(NEAR * (least - inputs))) or self.ladder.floor
+        near = NEAR if _has_loops(self.ladder.floor) else 1.0
+        floor = self.ladder.fit(inputs + int(near * (least - inputs))) or self.ladder.floor
         tries = [self.first.within(None), self._try(floor, None)]
         above = self._above(tries[1])
         if above is not floor:
             tries.append(self._try(above, None))
-        least = min(tried.peak for tried in tries) - inputs - self.held
-        near = [t for t in tries if t.peak - inputs - self.held <= NEAR * least]
-        return min(near, key=lambda tried: (tried.drafted.seconds, tried.peak))
+        inputs += self.held
+        least = min(tried.peak for tried in tries)
+        most = min(tries[0].peak, inputs + int(near * (least - inputs)))
+        able = [tried for tried in tries if tried.peak <= max(most, least)]
+        return min(able, key=lambda tried: (tried.drafted.seconds, tried.peak))
 
     def fitting(self, budget: int) -> Tried | None:
         """The cheapest tried rung whose lowered peak is at most ``budget``; ``None`` for none.
@@ -123,3 +127,7 @@ class Search:
         inputs = self.step.input_bytes()
         lowered = tried.peak - inputs - self.held
         return max(1, lowered) / max(1, tried.drafted.peak - inputs)
+
+
+def _has_loops(rung: Rung) -> bool:
+    return any(is_loop(node) for node in rung.planner.draft.step.nodes)
