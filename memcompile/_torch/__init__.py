@@ -49,6 +49,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd import _profiler_enabled as profiler_enabled
 from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
+from torch.fx.traceback import annotate  # public, but not kept backward compatible
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import flop_registry
@@ -63,6 +64,7 @@ __all__ = [
     "OpOverload",
     "TracingContext",
     "V",
+    "annotate",
     "aot_autograd",
     "cleanup_recompute_tags",
     "compile_fx",

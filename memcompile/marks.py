@@ -1,0 +1,76 @@
+"""What users mark in their models, for passes to read: so far, what stays in full precision."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar, overload
+
+import torch
+from torch import fx
+
+from memcompile import _torch
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+#: The mark, among what ``torch.fx.traceback.annotate`` puts into ``node.meta["custom"]``.
+FULL_PRECISION = "memcompile.full_precision"
+
+
+class Marking(AbstractContextManager[None]):
+    """What :func:`full_precision` gives in eager, where it does nothing but decorate."""
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def __call__(self, function: F) -> F:
+        return full_precision(function)
+
+
+@overload
+def full_precision() -> Marking: ...
+@overload
+def full_precision(function: F) -> F: ...
+def full_precision(function: Callable[..., Any] | None = None) -> Any:
+    """Mark a part of a model: its numbers stay in the dtype that the model computes them in.
+
+    For use inside of what is compiled: ``with memcompile.full_precision():`` around a part of a
+    ``forward``, or ``@memcompile.full_precision`` on a function or method. The pass ``cast``
+    (``precision="bf16"``) leaves what is traced there alone, forward and backward, and no lossy
+    codec of ``compress`` touches it. In eager it does nothing, nor for compiled functions that
+    are called in a block which is not compiled itself.
+
+    Args:
+        function: what to mark; ``None`` for a block.
+
+    Raises:
+        TypeError: for a class; mark its ``forward``.
+    """
+    if function is None:
+        if torch.compiler.is_compiling():
+            return _torch.annotate({FULL_PRECISION: True})
+        return Marking()
+    if isinstance(function, type):
+        raise TypeError(
+            f"full_precision marks functions, not classes: mark {function.__name__}.forward"
+        )
+
+    @functools.wraps(function)
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        with full_precision():
+            return function(*args, **kwargs)
+
+    return marked
+
+
+def is_full_precision(node: fx.Node) -> bool:
+    """Whether the node comes from what the user has marked, forward or backward."""
+    return FULL_PRECISION in (node.meta.get("custom") or {})
+
+
+def marks(module: fx.GraphModule) -> str:
+    """Names the marked nodes of a captured graph: its code does not show them."""
+    parts = [(path, m) for path, m in module.named_modules() if isinstance(m, fx.GraphModule)]
+    found = [f"{path}:{n.name}" for path, m in parts for n in m.graph.nodes if is_full_precision(n)]
+    return ",".join(found)
