@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, overload
 
 import torch
@@ -18,18 +19,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 FULL_PRECISION = "memcompile.full_precision"
 
 
-class Marking(AbstractContextManager[None]):
-    """What :func:`full_precision` gives in eager, where it does nothing but decorate."""
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    def __call__(self, function: F) -> F:
-        return full_precision(function)
-
-
 @overload
-def full_precision() -> Marking: ...
+def full_precision() -> contextlib._GeneratorContextManager[None]: ...
 @overload
 def full_precision(function: F) -> F: ...
 def full_precision(function: Callable[..., Any] | None = None) -> Any:
@@ -48,20 +39,32 @@ def full_precision(function: Callable[..., Any] | None = None) -> Any:
         TypeError: for a class; mark its ``forward``.
     """
     if function is None:
-        if torch.compiler.is_compiling():
-            return _torch.annotate({FULL_PRECISION: True})
-        return Marking()
+        return _marking()
     if isinstance(function, type):
-        raise TypeError(
-            f"full_precision marks functions, not classes: mark {function.__name__}.forward"
-        )
+        raise TypeError(f"full_precision marks functions: mark {function.__name__}.forward")
 
     @functools.wraps(function)
     def marked(*args: Any, **kwargs: Any) -> Any:
-        with full_precision():
+        with _marking():
             return function(*args, **kwargs)
 
     return marked
+
+
+@contextlib.contextmanager
+def _marking() -> Iterator[None]:
+    # Not annotate itself: that is for one thread, and Dynamo does not return it from a frame.
+    if torch.compiler.is_compiling():
+        with _torch.annotate({FULL_PRECISION: True}):
+            yield
+    else:
+        if _torch.gave_up():
+            warnings.warn(
+                "a graph break inside of memcompile.full_precision(): what is compiled there is "
+                "not marked; fullgraph=True says where it is",
+                stacklevel=3,
+            )
+        yield
 
 
 def is_full_precision(node: fx.Node) -> bool:

@@ -111,6 +111,7 @@ def test_numbers_are_those_of_keeping_the_module(dynamic: bool) -> None:
     assert not torch.equal(marked.outputs, neither.outputs)
 
 
+@pytest.mark.filterwarnings("error:a graph break")
 def test_it_does_nothing_in_eager_and_without_the_pass() -> None:
     x = torch.randn(9, 32, requires_grad=True)
     one, two = model_of(Blocked), model_of(Part)
@@ -129,6 +130,18 @@ def test_inference_is_marked_too() -> None:
         _, module, _ = casted(model, x)
     marked = [n for n in contractions(module) if memcompile.is_full_precision(n)]
     assert len(marked) == 3 and {n.meta["val"].dtype for n in marked} == {FP32}
+
+
+def test_a_graph_break_inside_of_a_block_is_said() -> None:
+    def inner(x: Tensor) -> Tensor:
+        y = x @ x
+        torch._dynamo.graph_break()
+        return y @ x
+
+    x = torch.randn(8, 8)
+    compiled = memopt(memcompile.full_precision(inner), precision="bf16")
+    with torch.no_grad(), pytest.warns(UserWarning, match="graph break inside"):
+        compiled(x)
 
 
 def test_a_wrapped_function_keeps_its_name_and_a_class_is_refused() -> None:
