@@ -15,6 +15,7 @@ from memcompile.contract import (
 )
 from memcompile.errors import BudgetError, FidelityError, MemcompileError, PassError
 from memcompile.fidelity import Calibration, Compared, Fidelity, NodeError, calibrate, check
+from memcompile.marks import full_precision, is_full_precision
 from memcompile.measure import Peak, measure_peak
 from memcompile.options import Options, OptionsError
 from memcompile.registry import available
@@ -51,6 +52,8 @@ __all__ = [
     "available",
     "calibrate",
     "check",
+    "full_precision",
+    "is_full_precision",
     "max_size",
     "measure_peak",
     "rebuild",

@@ -30,6 +30,7 @@ from memcompile.contract import Context, Pass
 from memcompile.errors import MemcompileError
 from memcompile.explain import Explained
 from memcompile.lowering import Lowering
+from memcompile.marks import marks, modules
 from memcompile.options import Options, format_bytes, warn_if_above_free
 from memcompile.pipeline import Pipeline
 from memcompile.registry import resolve, source_key, spell
@@ -106,6 +107,9 @@ class _Job:
             warn_if_above_free(self.device, budget, held=live.tensor_bytes(example_inputs))
         passes = resolve(options.pipeline)
         self.watch = watch.current()
+        self.marks = marks(gm)
+        if any(each.by_module for each in passes):
+            self.marks = f"{self.marks};{modules(gm)}"
         self.code = self._code()
         self.decision_key = self._decision_key(passes)
         self.decision = self._decision()
@@ -127,6 +131,7 @@ class _Job:
             f"{__version__}:{source_digest()}",
             torch.__version__,
             self.options.key(),
+            self.marks,
             self.pipeline.key(),
             self.decision.key() if self.decision is not None else "",
             str(self.compiler.held),
@@ -143,7 +148,7 @@ class _Job:
         """Names what Dynamo captured: its code and its inputs, symbolic sizes as symbols."""
         given = zip(self.gm.graph.find_nodes(op="placeholder"), self.example_inputs, strict=False)
         described = [_torch.describe(n.meta.get("example_value", value)) for n, value in given]
-        return _digest(str(self.gm.code), *described)
+        return _digest(str(self.gm.code), self.marks, *described)
 
     def _decision_key(self, passes: Sequence[Pass]) -> str:
         """Names all that numbers depend on: neither a budget nor what is held changes any."""

@@ -63,6 +63,11 @@ class Pass(abc.ABC):
         return "bits"
 
     @property
+    def by_module(self) -> bool:
+        """Whether an option names modules: what is done then depends on more than the graph."""
+        return False
+
+    @property
     def parts(self) -> tuple[object, ...]:
         """Objects of other files that it works by: an edit of those is a cache miss, too."""
         return ()

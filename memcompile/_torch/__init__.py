@@ -21,6 +21,7 @@ import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 from functorch.compile import min_cut_rematerialization_partition
 from torch import fx
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo import disable as disable_dynamo
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.compile_utils import fx_graph_cse
@@ -49,6 +50,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd import _profiler_enabled as profiler_enabled
 from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
+from torch.fx.traceback import annotate  # public, but not kept backward compatible
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import flop_registry
@@ -63,6 +65,7 @@ __all__ = [
     "OpOverload",
     "TracingContext",
     "V",
+    "annotate",
     "aot_autograd",
     "cleanup_recompute_tags",
     "compile_fx",
@@ -250,6 +253,11 @@ class _Chain(CustomGraphPass):
         """``None``, which turns torch's caches off, when one of the passes has no identity."""
         ids = [getattr(each, "uuid", lambda: None)() for each in self.passes]
         return tuple(ids) if all(ids) else None
+
+
+def gave_up() -> bool:
+    """Whether this frame runs in eager because Dynamo could not capture it (a graph break)."""
+    return callable(get_eval_frame_callback())
 
 
 def keeps_tensors(node: Any) -> bool:

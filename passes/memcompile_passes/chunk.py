@@ -72,6 +72,11 @@ class Chunk(Proposer):
         """Sums over the chunked dimension are added in another order."""
         return "rounding"
 
+    @property
+    def by_module(self) -> bool:
+        """Both ``only`` and ``skip`` name modules."""
+        return bool(self.only or self.skip)
+
     def propose(self, step: Step, context: Context) -> Iterable[Loop]:
         """Every dimension long enough, with several chunk counts."""
         only = self._named("only", step, context)

@@ -23,6 +23,7 @@ from torch import fx
 
 from memcompile.analysis.ops import op_name
 from memcompile.contract import Context, Exactness, Rewrite
+from memcompile.marks import is_full_precision
 from memcompile.step import Step, hint, module_names
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,6 +59,11 @@ class Cast(Rewrite):
         return "no"
 
     @property
+    def by_module(self) -> bool:
+        """``keep`` names modules."""
+        return bool(self.keep)
+
+    @property
     def parts(self) -> tuple[object, ...]:
         """The rules and what works by them."""
         return (Rules(), Islands(), Casting(), Stored())
@@ -72,7 +78,7 @@ class Cast(Rewrite):
                 context.remark(f"left alone: {lowered[0].name} is in 16 bits already")
             return False
         kept = self._kept(graph, context)
-        chosen = self._chosen(graph, contractions, kept)
+        chosen = self._chosen(graph, contractions, kept, context.exact)
         if not chosen:
             return False
         (output,) = graph.find_nodes(op="output")
@@ -84,18 +90,24 @@ class Cast(Rewrite):
                 casting.lower(node)
                 node.meta["cast"] = self.dtype
         graph.eliminate_dead_code()
-        Stored(casting, Step(module, len(output.args[0])), kept).rewrite()
+        marked = frozenset(n.name for n in graph.nodes if is_full_precision(n))
+        Stored(casting, Step(module, len(output.args[0])), kept | marked).rewrite()
         casting.settle()
         graph.eliminate_dead_code()
         return True
 
     def _chosen(
-        self, graph: fx.Graph, contractions: list[fx.Node], kept: frozenset[str]
+        self,
+        graph: fx.Graph,
+        contractions: list[fx.Node],
+        kept: frozenset[str],
+        exact: frozenset[str],
     ) -> list[fx.Node]:
         """The contractions to cast, in order."""
         whole = Islands().find(graph)
-        named = {n: "kept" for n in contractions if n.name in kept or _reads(n, kept)}
+        named = {n: "kept" for n in contractions if n.name in kept or _reads(n, exact)}
         whole |= paired(contractions, named)
+        whole |= {n: "marked" for n in contractions if is_full_precision(n)}  # its backward, too
         return [n for n in contractions if n not in whole and is_float32(_given(n))]
 
     def _kept(self, graph: fx.Graph, context: Context) -> frozenset[str]:

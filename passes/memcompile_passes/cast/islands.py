@@ -151,6 +151,8 @@ def _danger(nodes: list[fx.Node]) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in nodes:
         name = op_name(node)
+        if name in SPLITS and any(argument in found for argument in node.all_input_nodes):
+            found.add(node)  # a list of tensors, each as dangerous
         if name in BOUNDING or name in CONTRACTIONS or tensor(node) is None:
             continue
         carries = classify(node) in (Kind.POINTWISE, Kind.REDUCTION) or is_clear(node)
@@ -183,13 +185,15 @@ def _upstream(nodes: list[fx.Node], found: dict[fx.Node, str]) -> None:
     for node in reversed(nodes):
         name = op_name(node)
         sink = name in GEOMETRY or found.get(node) == "geometry" or _is_difference(node)
-        if node in makes and name in CONTRACTIONS:
+        if node in makes and name in CONTRACTIONS and not sink:
             found.setdefault(node, "makes points")
             continue
         if sink or (node in makes and (is_clear(node) or classify(node) == Kind.POINTWISE)):
             if "autograd_backward" in node.meta or name in BOUNDING:
                 continue
             for argument in node.all_input_nodes:
+                if op_name(argument) in SPLITS:
+                    argument = argument.all_input_nodes[0]
                 value = tensor(argument)
                 if value is None or hint(value.numel()) % POINT:
                     continue

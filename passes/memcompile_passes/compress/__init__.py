@@ -31,6 +31,7 @@ from torch import fx
 from memcompile.analysis.ops import DRAWN, classify, op_name, runs_twice
 from memcompile.analysis.timeline import Kind
 from memcompile.contract import Codec, Context, Exactness, Proposal, Proposer, rebuild
+from memcompile.marks import is_full_precision
 from memcompile.step import Step, hint, must_save, tensor_size
 
 #: The entry points of codecs.
@@ -100,6 +101,11 @@ class Compress(Proposer):
         return (LOSSY[self.lossy](**given),)
 
     @property
+    def by_module(self) -> bool:
+        """``sensitive`` may name modules."""
+        return self.sensitive != "default"
+
+    @property
     def parts(self) -> tuple[object, ...]:
         """The codecs: an edit of theirs is an edit of the pass."""
         return (*EXACT, *self._chosen, *(SHARED if self.lossy else ()))
@@ -145,7 +151,9 @@ class Compress(Proposer):
         least = step.bytes(value)
         for codec in codecs:
             if codec.exactness == "no" and (
-                value.name in context.exact or is_sensitive(value, step, self._sensitive)
+                value.name in context.exact
+                or is_full_precision(value)
+                or is_sensitive(value, step, self._sensitive)
             ):
                 continue
             coding = codec.coding(value, step)
