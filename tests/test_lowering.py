@@ -97,7 +97,7 @@ DRAFTED = (
 
 
 @pytest.mark.parametrize(
-    ("subject", "budgets"), [(transitions, 8), (small, 20), (llama, 8), (attention, 8)]
+    ("subject", "budgets"), [(transitions, 8), (small, 8), (llama, 8), (attention, 8)]
 )
 def test_over_many_budgets_peaks_fall_times_rise_and_the_schedule_is_the_draft(
     subject: Callable[[], tuple[nn.Module, list[Tensor]]], budgets: int
