@@ -279,7 +279,7 @@ def test_every_layer_has_its_limit_and_a_gradient_everywhere() -> None:
             assert all(gradient.any() for gradient in gradients), name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_study_of_chunking(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

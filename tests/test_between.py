@@ -99,7 +99,7 @@ def test_a_trunk_of_one_size_gets_loops(length: int) -> None:
     assert any(row.nodes > 50 for row in report.loops)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_trunk_in_loops_is_eagers_under_inductor() -> None:
     model, x = double(Trunk), tensor(13, 13, 4)
     got, (report,) = planned(model, [x], "min", "inductor", passes="default,chunk", strict=True)

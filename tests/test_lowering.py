@@ -97,7 +97,13 @@ DRAFTED = (
 
 
 @pytest.mark.parametrize(
-    ("subject", "budgets"), [(transitions, 8), (small, 8), (llama, 8), (attention, 8)]
+    ("subject", "budgets"),
+    [
+        pytest.param(transitions, 20, marks=pytest.mark.long),
+        (small, 8),
+        (llama, 8),
+        pytest.param(attention, 8, marks=pytest.mark.long),
+    ],
 )
 def test_over_many_budgets_peaks_fall_times_rise_and_the_schedule_is_the_draft(
     subject: Callable[[], tuple[nn.Module, list[Tensor]]], budgets: int
