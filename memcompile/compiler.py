@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import time
+from collections.abc import Callable
 
 from torch import fx
 
@@ -97,9 +98,9 @@ class Compiler:
         if budget is None and self.options.limit.kind != "min":
             pass
         elif budget is None or chosen.peak > budget:
-            plain = ladder = planner.build()
-            if loops and not fits_surely(plain, step.input_bytes(), budget, self.held):
-                ladder = self._with_loops(planner, loops, budget)
+            plain = planner.build()
+            floor = plain.floor.plan
+            ladder = self._with_loops(planner, floor, loops, budget, plain, _fewer_drafts)
             chosen = self._search(step, ladder, first, budget, plain)
         explained = explain(
             step=step,
@@ -139,18 +140,34 @@ class Compiler:
         bound = frozenset(n for n in step.nodes if must_recompute(n))
         return Planner(draft, Plan(kept), proposals, bound)
 
-    def _with_loops(self, planner: Planner, loops: list[Loop], budget: int | None) -> Ladder:
-        """The planner's ladder, and the rungs of the step with loops merged in."""
-        plain = planner.ladder
+    def _with_loops(
+        self,
+        base: Planner,
+        plan: Plan,
+        loops: list[Loop],
+        budget: int | None,
+        plain: Ladder,
+        planned: Callable[[Planner], Planner],
+    ) -> Ladder:
+        """``plain``, and the rungs of the step with the loops that lower its peak merged in.
+
+        Args:
+            base: of the step, to look for loops from.
+            plan: what they are to lower.
+            loops: those offered.
+            budget: in total bytes, if there is one.
+            plain: the ladder without any.
+            planned: the planner of a step with loops, made of the one they were found with.
+        """
+        if not loops or fits_surely(plain, base.draft.before, budget, self.held):
+            return plain
         self._note(unseeded(loops))
-        room, self.looped, ladder = self._room(planner, budget), {}, plain
-        for looped, rows in with_loops(
-            planner, plain.floor.plan, loops, self._anew, self._loop_failed, room
-        ):
-            self.looped[looped.draft.step] = rows
-            looped.limit //= SHARE
-            ladder = merged(ladder, looped.build())
-            if fits_surely(ladder, planner.draft.before, budget, self.held):
+        self.looped, ladder, room = {}, plain, self._room(base, budget)
+        for found, rows in with_loops(base, plan, loops, self._anew, self._loop_failed, room):
+            planner = planned(found)
+            self.looped[planner.draft.step] = rows
+            ladder = merged(ladder, planner.build())
+            if fits_surely(ladder, base.draft.before, budget, self.held):
                 break
         return ladder
 
@@ -297,10 +314,10 @@ class Compiler:
             late = Step(module, len(results), late_from=_late_from(step, drafted))
             proposals, _ = _sorted(self.pipeline.offers(late))
             planner = self._whole_planner(late, proposals)
-            plain = ladder = planner.build()
+            plain = planner.build()
             loops = _sorted(self.pipeline.offers(step, again=True))[1]
-            if loops and not fits_surely(plain, step.input_bytes(), budget, self.held):
-                ladder = self._whole_with_loops(step, loops, budget, plain)
+            base = Planner(self._draft(step, frozenset()), Plan(frozenset()), [])
+            ladder = self._with_loops(base, base.ground, loops, budget, plain, self._whole_looped)
             step, floor = late, ladder.floor.peak
             first = dataclasses.replace(first, step=late, drafted=planner.ground_draft)
             chosen = self._search(late, ladder, first, budget, plain)
@@ -321,29 +338,22 @@ class Compiler:
         self._settle(step, chosen, budget)
         return chosen.split.forward, explained
 
-    def _whole_with_loops(
-        self, step: Step, loops: list[Loop], budget: int | None, plain: Ladder
-    ) -> Ladder:
-        """Like :meth:`_with_loops`, of a graph without a split."""
-        nothing = Plan(frozenset())
-        base = Planner(self._draft(step, frozenset()), nothing, [])
-        self._note(unseeded(loops))
-        self.looped, room, ladder = {}, self._room(base, budget), plain
-        for looped, rows in with_loops(base, nothing, loops, self._anew, self._loop_failed, room):
-            inner = looped.draft.step
-            from_here = _late_from(inner, looped.drafted(nothing))
-            late = Step(inner.module, inner.num_outputs, late_from=from_here)
-            self.looped[late] = rows
-            proposals, _ = _sorted(self.pipeline.offers(late, again=True))
-            ladder = merged(ladder, self._whole_planner(late, proposals).build())
-            if fits_surely(ladder, step.input_bytes(), budget, self.held):
-                break
-        return ladder
+    def _whole_looped(self, found: Planner) -> Planner:
+        """The planner of a graph without a split that has got loops."""
+        inner = found.draft.step
+        from_here = _late_from(inner, found.drafted(Plan(frozenset())))
+        late = Step(inner.module, inner.num_outputs, late_from=from_here)
+        return self._whole_planner(late, _sorted(self.pipeline.offers(late, again=True))[0])
 
     def _whole_planner(self, step: Step, proposals: list[Proposal]) -> Planner:
         draft = self._draft(step, frozenset(p.value for p in proposals if p.rebuild is None))
         kept = frozenset(n for n in draft.needed_late if n.op == "call_function")
         return Planner(draft, Plan(kept), proposals)
+
+
+def _fewer_drafts(found: Planner) -> Planner:
+    found.limit //= SHARE
+    return found
 
 
 def _sorted(offers: list[Proposal | Loop]) -> tuple[list[Proposal], list[Loop]]:

@@ -59,18 +59,13 @@ def read_step(
     copies = {n: o for n in nodes if (o := named.get(n.name)) is not None and _is_copy(n, o)}
     copied = {old: node for node, old in copies.items()}
     found: dict[fx.Node, Info] = {}
-    taken: set[fx.Node] = set()
     for node in nodes:
         old = copies.get(node)
-        known = like[old] if like is not None and old is not None else None
-        if known is not None and old is not None:
-            inputs = _roots(step, node)
-            several = known.kind == Kind.PART and node.args[0] in taken
-            mapped = tuple(copied.get(i) for i in known.inputs)
+        if like is not None and old is not None:
+            inputs = _roots(step, _read(node))
             same = [copied.get(a) for a in old.all_input_nodes] == node.all_input_nodes
-            if same and (mapped[: len(inputs)] if several else mapped) == inputs:
-                found[node] = dataclasses.replace(known, inputs=mapped)
-                taken.add(node)
+            if same and [copied.get(i) for i in like[old].inputs] == inputs:
+                found[node] = dataclasses.replace(like[old], inputs=tuple(inputs))
                 continue
         found[node] = read_node(step, node, rates, fused)
     return found
@@ -82,9 +77,19 @@ def _is_copy(node: fx.Node, old: fx.Node) -> bool:
     return value is not None and value is old.meta.get("val") and node.target == old.target
 
 
-def _roots(step: Step, node: fx.Node) -> tuple[fx.Node, ...]:
-    """What a node reads, each storage once."""
-    return tuple(dict.fromkeys(step.roots[a] for a in node.all_input_nodes if tensors(a)))
+def _read(node: fx.Node) -> list[fx.Node]:
+    """The tensors a node reads; one of an op's outputs reads what the op reads."""
+    read = [a for a in node.all_input_nodes if tensors(a)]
+    if op_kinds.classify(node) == Kind.PART:
+        base = node.args[0]
+        assert isinstance(base, fx.Node)
+        read += [a for a in base.all_input_nodes if tensors(a)]
+    return read
+
+
+def _roots(step: Step, read: list[fx.Node]) -> list[fx.Node]:
+    """Where they live, each storage once."""
+    return list(dict.fromkeys(step.roots[node] for node in read))
 
 
 def read_node(step: Step, node: fx.Node, rates: Rates, fused: bool) -> Info:
@@ -93,12 +98,8 @@ def read_node(step: Step, node: fx.Node, rates: Rates, fused: bool) -> Info:
     kind = op_kinds.classify(node)
     if not fused and kind in (Kind.POINTWISE, Kind.REDUCTION):
         kind = Kind.EXTERN
-    read = [a for a in node.all_input_nodes if tensors(a)]
-    if kind == Kind.PART:
-        base = node.args[0]
-        assert isinstance(base, fx.Node)
-        read += [a for a in base.all_input_nodes if tensors(a)]
-    inputs = dict.fromkeys(roots[a] for a in read)
+    read = _read(node)
+    inputs = _roots(step, read)
     loop = node.meta.get("loop")
     if loop is not None:
         return Info(tuple(inputs), kind, 0, loop.seconds, False, False, loop.bytes)

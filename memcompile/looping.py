@@ -106,12 +106,6 @@ def _deep_enough(start: State, room: int | None) -> _Aim:
     return dataclasses.replace(DEEPEST, share=min(DEEPEST.share, share))
 
 
-def _floor(state: State) -> int:
-    """The least peak of a state that has been planned, else its own."""
-    rungs = state.planner.ladder.rungs
-    return rungs[0].peak if rungs else state.peak
-
-
 def _span(start: State) -> int:
     return max(1, start.peak - start.planner.draft.before)
 
@@ -155,7 +149,7 @@ class _Search:
             yield self.rounds(_fitting(self.start, room))[0]
         deepest, taken = self.rounds(_deep_enough(self.start, room))
         yield deepest
-        yield self.eased(taken, min(deepest.peak, _floor(deepest)))
+        yield self.eased(taken, deepest.planner.ladder.floor.peak)
 
     def eased(self, taken: list[_Over], peak: int) -> State:
         """The same loops with as few chunks as leave no more than ``peak`` bytes."""

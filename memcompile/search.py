@@ -74,7 +74,7 @@ class Search:
         inputs += self.held
         least = min(tried.peak for tried in tries)
         most = min(tries[0].peak, inputs + int(near * (least - inputs)))
-        able = [tried for tried in tries if tried.peak <= max(most, least)]
+        able = [tried for tried in tries if tried.peak <= most]
         return min(able, key=lambda tried: (tried.drafted.seconds, tried.peak))
 
     def fitting(self, budget: int) -> Tried | None:

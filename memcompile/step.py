@@ -13,6 +13,7 @@ import functools
 import operator
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import sympy
@@ -78,6 +79,14 @@ def module_names(node: fx.Node) -> tuple[str, ...]:
         names[getattr(kind, "__name__", str(kind).rsplit(".", 1)[-1])] = None
     names.pop("", None)
     return tuple(names)
+
+
+def in_module(node: fx.Node, name: str) -> bool:
+    """Whether a name is that of one of the node's modules, or the last parts of its path.
+
+    ``*`` is anything.
+    """
+    return any(fnmatchcase(m, name) or fnmatchcase(m, f"*.{name}") for m in module_names(node))
 
 
 def is_view(node: fx.Node) -> bool:

@@ -9,7 +9,7 @@ from torch import fx
 
 from memcompile import _torch
 from memcompile.analysis.timeline import Kind
-from memcompile.step import is_loop
+from memcompile.step import in_module, is_loop
 
 aten = torch.ops.aten
 
@@ -119,6 +119,11 @@ def op_name(node: fx.Node) -> str:
     if isinstance(target, _torch.OpOverload):
         return target._schema.name.split("::", 1)[-1]
     return str(getattr(target, "__name__", target))
+
+
+def is_named(node: fx.Node, name: str) -> bool:
+    """Whether the node is an op of that name, or in a module of it (:func:`in_module`)."""
+    return (node.op == "call_function" and op_name(node) == name) or in_module(node, name)
 
 
 def classify(node: fx.Node) -> Kind:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from memcompile.contract import Context, Exactness, Loop, Proposer
-from memcompile.step import Step, hint, module_names
+from memcompile.step import Step, hint, in_module, module_names
 
 #: Chunk counts offered, as far as ``max_chunks`` goes.
 COUNTS = (4, 12, 24, 64)
@@ -102,16 +101,11 @@ class Chunk(Proposer):
         given = getattr(self, option)
         found: set[fx.Node] = set()
         for name in (given,) if isinstance(given, str) else given:
-            nodes = {n for n in step.nodes if any(_matches(m, name) for m in module_names(n))}
+            nodes = {n for n in step.nodes if in_module(n, name)}
             if not nodes:
                 context.remark(_unknown(option, name, step))
             found |= nodes
         return found
-
-
-def _matches(module: str, name: str) -> bool:
-    """Whether a name is the module's path, or the last parts of it; ``*`` is anything."""
-    return fnmatchcase(module, name) or fnmatchcase(module, f"*.{name}")
 
 
 def _unknown(option: str, name: str, step: Step) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from typing import ClassVar
 
 import torch
@@ -21,10 +20,10 @@ from memcompile_passes.cast.rules import CONTRACTIONS, Rules
 from memcompile_passes.cast.stored import Stored
 from torch import fx
 
-from memcompile.analysis.ops import op_name
+from memcompile.analysis.ops import is_named, op_name
 from memcompile.contract import Context, Exactness, Rewrite
 from memcompile.marks import is_full_precision
-from memcompile.step import Step, hint, module_names
+from memcompile.step import Step, hint
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -151,9 +150,4 @@ def _reads(node: fx.Node, names: Iterable[str]) -> bool:
 
 
 def _is_named(node: fx.Node, name: str) -> bool:
-    if node.op != "call_function":
-        return False
-    modules = module_names(node)
-    return op_name(node) == name or any(
-        fnmatchcase(module, name) or fnmatchcase(module, f"*.{name}") for module in modules
-    )
+    return node.op == "call_function" and is_named(node, name)

@@ -12,15 +12,14 @@ import enum
 import operator
 import weakref
 from collections.abc import Callable, Iterable
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import fx
 
-from memcompile.analysis.ops import REDUCTION, classify, op_name
+from memcompile.analysis.ops import REDUCTION, classify, is_named, op_name
 from memcompile.analysis.timeline import Kind
-from memcompile.step import Step, is_view, module_names
+from memcompile.step import Step, is_view
 
 #: Reductions whose result is not a few numbers that stand for many.
 _WIDE = frozenset(
@@ -206,19 +205,11 @@ def is_sensitive(value: fx.Node, step: Step, names: Iterable[str]) -> bool:
     """Whether one of ``names`` is meant: ``default``, a kind, an op's name, or a module's."""
     for name in names:
         kinds = KINDS.values() if name == "default" else [KINDS[name]] if name in KINDS else []
-        if any(kind(value, step) for kind in kinds) or matches(value, name):
+        if any(kind(value, step) for kind in kinds) or is_named(value, name):
             return True
     return False
 
 
-def matches(value: fx.Node, name: str) -> bool:
-    """Whether the value is made by the op, or in the module, of that name; ``*`` is anything."""
-    if value.op == "call_function" and op_name(value) == name:
-        return True
-    modules = module_names(value)
-    return any(fnmatchcase(m, name) or fnmatchcase(m, f"*.{name}") for m in modules)
-
-
 def unknown(step: Step, name: str) -> bool:
     """Whether the name is neither a kind's, nor an op's or module's of the step."""
-    return name not in ("default", *KINDS) and not any(matches(n, name) for n in step.nodes)
+    return name not in ("default", *KINDS) and not any(is_named(n, name) for n in step.nodes)
