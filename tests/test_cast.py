@@ -319,8 +319,38 @@ def test_no_16_bit_copy_of_a_parameter_is_kept(tied: bool) -> None:
     for node in saved(graph, module):
         made = [n for n in ancestors(node) if op_name(n) in (*CONTRACTIONS, "var_mean")]
         assert made or op_name(node) == "getitem", f"{node} is made of inputs alone"
-    weights = [n for n in casts(module, BF16) if n.args[0].op == "placeholder"]
+    weights = [n for n in casts(module, BF16) if n.args[0].name.startswith("primals")]
     assert weights and all(n.meta["recompute"].name == "MUST_RECOMPUTE" for n in weights)
+
+
+class Modes(nn.Module):
+    """Numbers of a field times complex matrices, and a linear map, as in a spectral operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(20, 16, 16, 2))
+        self.up = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mixed = torch.bmm(torch.fft.fft(x, dim=-1), torch.view_as_complex(self.weight))
+        return self.up(torch.fft.ifft(mixed, dim=-1).real)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_no_conjugate_of_a_parameter_is_kept(dynamic: bool) -> None:
+    x = torch.randn(20, 9, 16, requires_grad=True)
+    (graph,) = capture(model := Modes(), x, dynamic=dynamic)
+
+    def conjugates(module: fx.GraphModule) -> list[fx.Node]:
+        found = [n for n in saved(graph, module) if op_name(n) == "_conj"]
+        return [n for n in found if n.meta["val"].shape[-1] == n.meta["val"].shape[-2]]
+
+    assert conjugates(graph.module), "without the pass it is"
+    module = _torch.copy_graph(graph.module)
+    assert Cast().rewrite(module, Context())
+    assert not conjugates(module)
+    assert check_pass(Cast(), model, x, dynamic=dynamic).error < 0.02
 
 
 def ancestors(node: fx.Node) -> set[fx.Node]:

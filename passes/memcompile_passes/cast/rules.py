@@ -69,6 +69,9 @@ CLEAR = frozenset(
 #: Of these, what has all numbers of what it reads, or with its like has.
 MOVED = CLEAR - {"_unsafe_index", "flip", "gather", "index", "index_select", "relu", "tril", "triu"}
 
+#: What gives no more than its input again, in another order or another form.
+COPIES = MOVED | {"_conj", "conj_physical", "contiguous", "view_as_complex", "view_as_real"}
+
 #: Ops with a list of views; their items are clear.
 SPLITS = frozenset(["split", "split_with_sizes", "unbind"])
 

@@ -4,17 +4,19 @@ A value that the backward reads and that can not be had again from 16-bit values
 and its late readers read that: of a layer norm the normalised rows, of a softmax the
 probabilities that the next product reads anyway. Early readers keep fp32, so the forward is
 that of the casts alone. What of it the backward needs (a norm's output, for a weight's gradient) is
-made again from the rounded values, where their error only passes through. Casts of inputs are
-bound to be made again: no 16-bit copy of a parameter is kept (pytorch #133637), nor an upcast
-beside what it is of (pytorch #188955).
+made again from the rounded values, where their error only passes through. Casts of inputs and
+other copies of them (a conjugate) are bound to be made again: no second copy of a parameter is kept
+(pytorch #133637), nor an upcast beside what it is of (pytorch #188955).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from memcompile_passes.cast.casting import Casting, computed, inherited, is_float32
 from memcompile_passes.cast.islands import is_clear, tensor
-from memcompile_passes.cast.rules import GENTLE, GENTLE_POWERS, MOVED, SHARP
+from memcompile_passes.cast.rules import COPIES, GENTLE, GENTLE_POWERS, MOVED, SHARP
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -186,10 +188,9 @@ class Stored:
         return source in self.rounded and self.casting.low.get(source) is node
 
     def _bind(self) -> None:
-        """Casts of inputs, upcasts, and casts of what follows from what is kept: made again."""
-        for cast in self.casting.of_inputs:
-            if not any(read in self.written for read in _inputs_of(cast)):
-                cast.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+        """Copies of inputs, upcasts, and casts of what follows from what is kept: made again."""
+        for copy in self._copies():
+            copy.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
         order = {node: place for place, node in enumerate(self.step.graph.nodes)}
         lows = [low for node, low in self.casting.low.items() if node not in self.casting.natural]
         made = sorted((low for low in lows if low in order), key=order.__getitem__, reverse=True)
@@ -202,6 +203,18 @@ class Stored:
         for up in self.casting.natural:
             if any(user in self.late for user in up.users) and up not in self.late:
                 up.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+
+    def _copies(self) -> Iterator[fx.Node]:
+        """What is made of inputs that are there anyway, and holds no more than they do."""
+        apart = {*self.written, *self.step.tangents}
+        known = {n for n in self.step.graph.find_nodes(op="placeholder") if n not in apart}
+        for node in self.step.graph.nodes:
+            read = [n for n in node.all_input_nodes if tensor(n) is not None]
+            copies = node in self.casting.of_inputs or op_name(node) in COPIES
+            if read and copies and known.issuperset(read):
+                known.add(node)
+                if not any(user.op == "output" for user in node.users):
+                    yield node
 
     def _merge_copies(self) -> None:
         """Late nodes that compute what an early one has give way to it: autograd's own copies."""
@@ -246,12 +259,6 @@ def late_nodes(step: Step) -> frozenset[fx.Node]:
     if not step.tangents:
         return frozenset()
     return frozenset(n for n in step.nodes if n.op == "call_function" and n not in needed)
-
-
-def _inputs_of(node: fx.Node) -> list[fx.Node]:
-    while node.op == "call_function":
-        node = node.all_input_nodes[0]
-    return [node]
 
 
 def _is_small(node: fx.Node, reads: fx.Node) -> bool:
