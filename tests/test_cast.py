@@ -390,6 +390,16 @@ def test_a_norm_keeps_16_bits_of_its_rows(norm: type[nn.Module]) -> None:
     assert sum(v.nbytes for v in kept) < 0.4 * plain
 
 
+def test_a_norm_that_reads_another_order_keeps_its_rows_alone() -> None:
+    """The forward's norm reads a contiguous copy of the sums, its backward the sums themselves."""
+    model, z = TriangleMultiplication(16), torch.randn(1, 24, 24, 16)
+    graph, module, _ = casted(model, z)
+    kept = [n.meta["val"] for n in saved(graph, module) if n.meta["val"].numel() >= 24 * 24 * 16]
+    assert {value.dtype for value in kept} == {BF16}
+    assert sum(v.numel() for v in kept) == 24 * 24 * 16 * (2 * 2 + 3), "two pairs, rows, two gates"
+    assert check_pass(Cast(), model, z).error < 0.02
+
+
 def test_probabilities_are_kept_once() -> None:
     graph, module, _ = casted(Attention(), torch.randn(3, 40, 32))
     square = [n for n in saved(graph, module) if n.meta["val"].numel() == 3 * 40 * 40]
@@ -582,6 +592,18 @@ def test_precision_puts_the_cast_in_front() -> None:
 
 
 # --------------------------------------------------------------------------------- fp16
+
+
+def test_a_triangle_multiplication_does_not_leave_the_range_of_fp16() -> None:
+    torch.manual_seed(0)
+    model, z = TriangleMultiplication(16), torch.randn(1, 48, 48, 16)
+    with torch.no_grad():
+        model.edges.bias.fill_(50.0)  # 48 products of about 25 * 25 are above 65504 / 4
+        model.edges.weight.mul_(200.0)
+    ours = observe(model, memopt(model, precision="fp16", strict=True), [z])
+    assert all(bool(t.isfinite().all()) for t in (*ours.outputs, *ours.parameters.values()))
+    with torch.autocast("cpu", torch.float16):
+        assert not bool(model(z).isfinite().all()), "under autocast it does"
 
 
 def trained(steps: int, scaled: bool) -> tuple[float, float]:

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 from helpers import memopt, observe
-from test_cast import BF16, FP32, casted, contractions, distance, saved
+from test_cast import (
+    BF16,
+    FP32,
+    TriangleMultiplication,
+    casted,
+    contractions,
+    distance,
+    saved,
+)
 from torch import Tensor, nn
 
 import memcompile
@@ -128,6 +136,34 @@ def test_geometry_stays_in_fp32_and_layers_do_not(name: str) -> None:
         found.setdefault(place, set()).add(node.all_input_nodes[0].meta["val"].dtype)
     assert {place for place in layers if found[place] == {BF16}} == low
     assert all(found[place] == {FP32} for place in layers - low)
+
+
+def test_a_triangle_multiplication_is_summed_in_fp32() -> None:
+    z = torch.randn(1, 12, 12, 16)
+    _, module, _ = casted(TriangleMultiplication(16), z)
+    sums = [n for n in contractions(module) if n.all_input_nodes[0].meta["val"].dim() == 3]
+    assert len(sums) == 3, "forward and backward"
+    assert all(n.all_input_nodes[0].meta["val"].dtype == FP32 for n in sums)
+    layers = [n for n in contractions(module) if n not in sums]
+    assert layers and all(n.all_input_nodes[0].meta["val"].dtype == BF16 for n in layers)
+
+
+class Mixer(nn.Module):
+    """Softmax attention or its like, with a norm behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(32, 32) for _ in range(3))
+        self.norm, self.drop = nn.LayerNorm(32), nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.drop((self.q(x) @ self.k(x).mT / 32**0.5).softmax(-1))
+        return self.norm(weights @ self.v(x))
+
+
+def test_attention_that_a_norm_reads_is_cast() -> None:
+    _, module, _ = casted(Mixer(), torch.randn(2, 24, 32))
+    assert {n.all_input_nodes[0].meta["val"].dtype for n in contractions(module)} == {BF16}
 
 
 def test_points_that_come_in_pieces_are_known() -> None:

@@ -1,11 +1,13 @@
 """Which contractions stay in fp32: those whose errors a scientific model does not stand.
 
-Three kinds. Geometry: rotations and coordinates, known by three components, and what is made
+Four kinds. Geometry: rotations and coordinates, known by three components, and what is made
 into points. Danger: what reads differences of positions before an op has bounded it; it is
 carried downstream (cf. the "infer" and "clear" propagation of TensorFlow's grappler,
 ``auto_mixed_precision.cc``). Means: a contraction over n terms divided by n, the outer product
-mean of Jumper et al. 2021 (algorithm 10), which OpenFold runs in fp32 under autocast too. The
-backward of a contraction shares its autograd number (``seq_nr``) and its fate.
+mean of Jumper et al. 2021 (algorithm 10), which OpenFold runs in fp32 under autocast too. Long
+sums: products of two computed values whose sum a norm has to bring back to size, the triangle
+multiplications of algorithms 11 and 12, which leave fp16's range. The backward of a contraction
+shares its autograd number (``seq_nr``) and its fate.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from memcompile_passes.cast.rules import (
     DISTANCES,
     FRAME,
     GEOMETRY,
+    NORMS,
     POINT,
     SPLITS,
 )
@@ -51,6 +54,8 @@ class Islands:
                 found[node] = "geometry"
             elif _is_mean(node):
                 found[node] = "a mean of products"
+            elif _is_long_sum(node):
+                found[node] = "a sum of products that a norm reads"
             elif any(argument in dangerous for argument in node.all_input_nodes):
                 found[node] = "reads a difference of positions"
         _upstream(nodes, found)
@@ -108,6 +113,33 @@ def _is_mean(node: fx.Node) -> bool:
     if any(terms > 1 and _divides_by(factor, terms) for factor in factors):
         return True
     return any(_divides_by(user, terms) or _divides_by_sum(user) for user in clear_users(node))
+
+
+def _is_long_sum(node: fx.Node) -> bool:
+    """Whether a norm reads the product of two computed values, neither of them probabilities."""
+    if op_name(node) not in PRODUCTS:
+        return False
+    factors = [_through_clear(node.args[place]) for place in PRODUCTS[op_name(node)]]
+    if any(not isinstance(f, fx.Node) or f.op == "placeholder" for f in factors):
+        return False
+    if any(_is_probabilities(factor) for factor in factors):
+        return False
+    readers = clear_users(node)
+    squared = [
+        user for reader in readers if op_name(reader) == "pow" for user in clear_users(reader)
+    ]
+    return any(op_name(reader) in NORMS for reader in readers + squared)
+
+
+def _is_probabilities(node: object) -> bool:
+    """Whether the value is a softmax's, dropped out or not."""
+    node = _through_clear(node)
+    if not isinstance(node, fx.Node):
+        return False
+    if op_name(node) == "mul":
+        return any(_is_probabilities(argument) for argument in node.all_input_nodes)
+    below = _through_clear(node.args[1]) if op_name(node) == "div" else None
+    return op_name(node) == "_softmax" or (isinstance(below, fx.Node) and op_name(below) == "sum")
 
 
 def _divides_by(node: object, count: int) -> bool:

@@ -75,6 +75,9 @@ COPIES = MOVED | {"_conj", "conj_physical", "contiguous", "view_as_complex", "vi
 #: Ops with a list of views; their items are clear.
 SPLITS = frozenset(["split", "split_with_sizes", "unbind"])
 
+#: What the statistics of a norm are taken by.
+NORMS = frozenset(["mean", "native_layer_norm", "var", "var_mean"])
+
 #: Infer: an error of what they read stays one of the same size, relative to what they give.
 GENTLE = CLEAR | frozenset(
     [

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import torch
 from memcompile_passes.cast.casting import Casting, computed, inherited, is_float32
+from memcompile_passes.cast.copies import merge_copies
 from memcompile_passes.cast.islands import is_clear, tensor
 from memcompile_passes.cast.rules import COPIES, GENTLE, GENTLE_POWERS, MOVED, SHARP
 from torch import fx
@@ -56,7 +57,7 @@ class Stored:
 
     def rewrite(self) -> None:
         """Round what is kept, and bind what is not to be."""
-        self._merge_copies()
+        self.late = merge_copies(self.step, self.late)
         self._read_moved()
         for node in list(self.step.graph.nodes):
             if node.op == "output" or node in self.late:
@@ -216,20 +217,6 @@ class Stored:
                 if not any(user.op == "output" for user in node.users):
                     yield node
 
-    def _merge_copies(self) -> None:
-        """Late nodes that compute what an early one has give way to it: autograd's own copies."""
-        known: dict[object, fx.Node] = {}
-        for node in list(self.step.graph.nodes):
-            if node.op != "call_function" or node in self.step.sides.late or is_random(node):
-                continue
-            if node in self.late and op_name(node) in ("alias", "detach"):
-                self._give_way(node, node.args[0])
-                continue
-            key = (node.target, repr(node.args), repr(node.kwargs))
-            first = known.setdefault(key, node)
-            if first is not node and node in self.late and tensor(node) is not None:
-                self._give_way(node, first)
-
     def _read_moved(self) -> None:
         """What late nodes alone read in fp32, and the forward has in 16 bits: read from there."""
         for node, low in list(self.casting.low.items()):
@@ -237,11 +224,8 @@ class Stored:
             if only_late and node.users and node not in self.casting.natural:
                 up = self.casting.up(low, after=low)
                 self.casting.natural[up] = low
-                self._give_way(node, up)
-
-    def _give_way(self, node: fx.Node, to: fx.Node) -> None:
-        node.replace_all_uses_with(to)
-        self.step.graph.erase_node(node)
+                node.replace_all_uses_with(up)
+                self.step.graph.erase_node(node)
 
 
 def late_nodes(step: Step) -> frozenset[fx.Node]:
