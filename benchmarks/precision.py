@@ -21,7 +21,7 @@ from subjects import Scale, Subject
 from torch import Tensor, nn
 
 #: Weights at which errors are taken: each a few per cent from the one before.
-DRAWS = 5
+DRAWS = 12
 #: Our step peak over fp32's and over autocast's, and our error over autocast's: at most.
 OF_FP32, OF_AUTOCAST, ERROR = 0.60, 0.85, 1.0
 
