@@ -13,6 +13,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -371,7 +372,9 @@ class _Rewrites(_Hook, _torch.CustomGraphPass):
 
 
 def _state(part: object) -> str:
-    """What an object that a pass works by holds."""
+    """What an object that a pass works by holds; a module holds its source alone."""
+    if isinstance(part, ModuleType):
+        return part.__name__
     return f"{type(part).__qualname__} {sorted(getattr(part, '__dict__', {}).items(), key=str)}"
 
 

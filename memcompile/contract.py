@@ -69,7 +69,7 @@ class Pass(abc.ABC):
 
     @property
     def parts(self) -> tuple[object, ...]:
-        """Objects of other files that it works by: an edit of those is a cache miss, too."""
+        """Modules and objects of other files that it works by: an edit of those is a cache miss."""
         return ()
 
 

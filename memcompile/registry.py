@@ -13,6 +13,7 @@ import inspect
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 from memcompile.contract import Pass
 from memcompile.errors import PassError
@@ -158,13 +159,14 @@ def spell(configured: Pass) -> str:
 def source_key(configured: Pass) -> str:
     """Changes whenever the pass's fields, its source file or that of one of its parts change."""
     cls = type(configured)
-    sources = dict.fromkeys(_source(each) for each in (cls, *map(type, configured.parts)))
+    sources = dict.fromkeys(_source(each) for each in (cls, *configured.parts))
     digest = hashlib.sha256(b"\0".join(sources)).hexdigest()[:16]
     return f"{cls.__module__}.{cls.__qualname__}:{spell(configured)}:{digest}"
 
 
-def _source(cls: type) -> bytes:
+def _source(part: object) -> bytes:
+    found = part if isinstance(part, (type, ModuleType)) else type(part)
     try:
-        return Path(inspect.getfile(cls)).read_bytes()
+        return Path(inspect.getfile(found)).read_bytes()
     except (OSError, TypeError):
-        return repr(cls).encode()
+        return repr(found).encode()

@@ -14,9 +14,10 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
+from memcompile_passes.cast import casting, copies, islands, rules, stored
 from memcompile_passes.cast.casting import Casting, is_float32
-from memcompile_passes.cast.islands import Islands, clear_users, paired, tensor
-from memcompile_passes.cast.rules import CONTRACTIONS, Rules
+from memcompile_passes.cast.islands import clear_users, find_islands, paired, tensor
+from memcompile_passes.cast.rules import CONTRACTIONS
 from memcompile_passes.cast.stored import Stored
 from torch import fx
 
@@ -64,8 +65,8 @@ class Cast(Rewrite):
 
     @property
     def parts(self) -> tuple[object, ...]:
-        """The rules and what works by them."""
-        return (Rules(), Islands(), Casting(), Stored())
+        """The rules, and what works by them."""
+        return (rules, islands, casting, copies, stored)
 
     def rewrite(self, module: fx.GraphModule, context: Context) -> bool:
         """Cast the contractions, then what is kept for the backward."""
@@ -81,17 +82,17 @@ class Cast(Rewrite):
         if not chosen:
             return False
         (output,) = graph.find_nodes(op="output")
-        casting = Casting(graph, DTYPES[self.dtype])
+        casts = Casting(graph, DTYPES[self.dtype])
         for node in chosen:
             if _only_grows(node):
-                casting.widen(node)
+                casts.widen(node)
             else:
-                casting.lower(node)
+                casts.lower(node)
                 node.meta["cast"] = self.dtype
         graph.eliminate_dead_code()
         marked = frozenset(n.name for n in graph.nodes if is_full_precision(n))
-        Stored(casting, Step(module, len(output.args[0])), kept | marked).rewrite()
-        casting.settle()
+        Stored(casts, Step(module, len(output.args[0])), kept | marked).rewrite()
+        casts.settle()
         graph.eliminate_dead_code()
         return True
 
@@ -103,7 +104,7 @@ class Cast(Rewrite):
         exact: frozenset[str],
     ) -> list[fx.Node]:
         """The contractions to cast, in order."""
-        whole = Islands().find(graph)
+        whole = find_islands(graph)
         named = {n: "kept" for n in contractions if n.name in kept or _reads(n, exact)}
         whole |= paired(contractions, named)
         whole |= {n: "marked" for n in contractions if is_full_precision(n)}  # its backward, too

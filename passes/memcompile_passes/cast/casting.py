@@ -36,7 +36,7 @@ INHERITED = (
 class Casting:
     """The casts of one graph, and the values they are of."""
 
-    def __init__(self, graph: fx.Graph | None = None, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(self, graph: fx.Graph, dtype: torch.dtype) -> None:
         self.graph, self.dtype = graph, dtype
         self.low: dict[fx.Node, fx.Node] = {}  #: fp32 nodes, and the 16-bit ones of their values
         self.natural: dict[fx.Node, fx.Node] = {}  #: upcasts, and what they are casts of
@@ -108,7 +108,6 @@ class Casting:
 
     def _first(self) -> fx.Node:
         """Where casts of inputs stand until they are put where they are read."""
-        assert self.graph is not None
         return next(n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr"))
 
     def _moved(self, node: fx.Node, reader: fx.Node) -> fx.Node | None:
@@ -164,7 +163,6 @@ class Casting:
         before: fx.Node | None = None,
     ) -> fx.Node:
         """A new node, with what ``like`` is known by."""
-        assert self.graph is not None
         place = after if after is not None else before
         assert place is not None
         at = self.graph.inserting_after if after is not None else self.graph.inserting_before
@@ -179,7 +177,6 @@ class Casting:
 
     def settle(self) -> None:
         """Put every cast of an input right before its first reader."""
-        assert self.graph is not None
         for node in reversed(self.of_inputs):
             if node.users:
                 min(node.users).prepend(node)

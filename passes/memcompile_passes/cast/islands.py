@@ -12,7 +12,6 @@ shares its autograd number (``seq_nr``) and its fate.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import torch
@@ -37,29 +36,25 @@ from memcompile.step import hint
 PRODUCTS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
 
 
-@dataclasses.dataclass(frozen=True)
-class Islands:
-    """Finds the contractions that stay in fp32."""
-
-    def find(self, graph: fx.Graph) -> dict[fx.Node, str]:
-        """Each of them, and why."""
-        nodes = [n for n in graph.nodes if n.op == "call_function"]
-        contractions = [n for n in nodes if op_name(n) in CONTRACTIONS]
-        found: dict[fx.Node, str] = {}
-        dangerous = _danger(nodes)
-        for node in contractions:
-            if "autograd_backward" in node.meta:
-                continue  # decided with its forward
-            if _is_geometry(node):
-                found[node] = "geometry"
-            elif _is_mean(node):
-                found[node] = "a mean of products"
-            elif _is_long_sum(node):
-                found[node] = "a sum of products that a norm reads"
-            elif any(argument in dangerous for argument in node.all_input_nodes):
-                found[node] = "reads a difference of positions"
-        _upstream(nodes, found)
-        return paired(contractions, found)
+def find_islands(graph: fx.Graph) -> dict[fx.Node, str]:
+    """The contractions that stay in fp32, and why."""
+    nodes = [n for n in graph.nodes if n.op == "call_function"]
+    contractions = [n for n in nodes if op_name(n) in CONTRACTIONS]
+    found: dict[fx.Node, str] = {}
+    dangerous = _danger(nodes)
+    for node in contractions:
+        if "autograd_backward" in node.meta:
+            continue  # decided with its forward
+        if _is_geometry(node):
+            found[node] = "geometry"
+        elif _is_mean(node):
+            found[node] = "a mean of products"
+        elif _is_long_sum(node):
+            found[node] = "a sum of products that a norm reads"
+        elif any(argument in dangerous for argument in node.all_input_nodes):
+            found[node] = "reads a difference of positions"
+    _upstream(nodes, found)
+    return paired(contractions, found)
 
 
 def paired(contractions: list[fx.Node], found: dict[fx.Node, str]) -> dict[fx.Node, str]:

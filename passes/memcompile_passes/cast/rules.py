@@ -10,8 +10,6 @@ still agree. The four classes follow TensorFlow's ``auto_mixed_precision`` (grap
 
 from __future__ import annotations
 
-import dataclasses
-
 #: Cast: sums of products, which the kernels accumulate in fp32 (``AT_FORALL_LOWER_PRECISION_FP``).
 CONTRACTIONS = frozenset(
     [
@@ -159,8 +157,3 @@ GEOMETRY = frozenset(
 
 #: Of these, what gives distances.
 DISTANCES = frozenset(["_cdist_forward", "_euclidean_dist", "_pdist_forward"])
-
-
-@dataclasses.dataclass(frozen=True)
-class Rules:
-    """Stands for this file among the parts of the pass: an edit of it is one of the pass."""

@@ -39,12 +39,10 @@ class Stored:
 
     def __init__(
         self,
-        casting: Casting | None = None,
-        step: Step | None = None,
+        casting: Casting,
+        step: Step,
         kept: frozenset[str] = frozenset(),
     ) -> None:
-        if casting is None or step is None:  # stands for this file among the parts of the pass
-            return
         self.casting, self.step, self.kept = casting, step, kept
         self.late = late_nodes(step)
         self.written = step.overwritten  #: asked before any node is gone
