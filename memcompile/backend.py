@@ -21,7 +21,7 @@ from torch import fx
 
 from memcompile import _torch, decided, live, scratch, sizes, store, watch
 from memcompile._torch.draws import exact_draws
-from memcompile._torch.fusion import prompt_kernels
+from memcompile._torch.fusion import in_order, prompt_kernels
 from memcompile._torch.loops import cached_loops, released_loops
 from memcompile._torch.pieces import any_fake
 from memcompile.analysis.cost import calibrate
@@ -115,7 +115,9 @@ class _Job:
         self.decision_key = self._decision_key(passes)
         self.decision = self._decision()
         exact = self.decision.exact if self.decision is not None else frozenset[str]()
-        self.pipeline = Pipeline(passes, Context(options.strict, budget, self.device.type, exact))
+        recorded = bool(self._patches().get("triton.cudagraphs", _torch.records_kernels()))
+        context = Context(options.strict, budget, self.device.type, exact, recorded)
+        self.pipeline = Pipeline(passes, context)
         (output,) = gm.graph.find_nodes(op="output")
         outputs = output.args[0]
         number = len(outputs) if isinstance(outputs, (list, tuple)) else 1
@@ -191,8 +193,7 @@ class _Job:
 
     def _inductor(self) -> Callable[..., Any]:
         patches = {
-            **_torch.mode_patches(self.options.mode),
-            **self.options.inductor,
+            **self._patches(),
             "custom_partitioner_fn": _Partitioner(self),
             "joint_custom_pre_pass": _torch.graph_passes(
                 self.options.inductor.get("joint_custom_pre_pass"), _Rewrites(self)
@@ -205,6 +206,10 @@ class _Job:
             config_patches=patches,
             decompositions=self._table(),
         )
+
+    def _patches(self) -> dict[str, Any]:
+        """What the user asks of Inductor."""
+        return {**_torch.mode_patches(self.options.mode), **self.options.inductor}
 
     def _table(self) -> dict[Any, Any] | None:
         """The decompositions to trace with, where it is not Inductor's choice."""
@@ -219,7 +224,8 @@ class _Job:
         patches = {} if self.compiler.pooled else {"allow_buffer_reuse": False}
         patched = _torch.inductor_config.patch(patches)
         fusion = prompt_kernels(HELD) if self.compiler.prompt else contextlib.nullcontext()
-        with patched, released_loops(), cached_loops(gm), exact_draws(), fusion:
+        ordered = in_order(self.compiler.ordered)
+        with patched, released_loops(), cached_loops(gm), exact_draws(), fusion, ordered:
             return _torch.compile_fx_inner(gm, example_inputs, **kwargs)
 
     def _eager(self) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from torch import fx
 
 from memcompile import _torch
-from memcompile._torch.fusion import prompt_kernels
+from memcompile._torch.fusion import in_order, prompt_kernels
 from memcompile._torch.symbols import sizes_from_inputs
 from memcompile.analysis.cost import calibrate
 from memcompile.analysis.ops import runs_twice
@@ -62,6 +62,7 @@ class Compiler:
         self.looped: dict[Step, tuple[LoopRow, ...]] = {}  #: the last step with loops, in forms
         self.pooled = True  #: whether Inductor may hold buffers for later ones of their size
         self.prompt = False  #: whether kernels are kept from waiting for others' calls
+        self.ordered = False  #: whether Inductor keeps to the order it is given
         self.planner: Planner | None = None  #: of the last training step, to plan it anew
 
     @property
@@ -85,7 +86,7 @@ class Compiler:
         step = Step(module, num_outputs, static)
         own, saved = inductor_split(step)
         recut = redraws(step.module) or reads_stale(step, own)
-        proposals, loops = _sorted(self.pipeline.offers(step))
+        proposals, loops = self._offers(step)
         planner = self.planner = self._planner(step, own, saved, proposals)
         ground = planner.ground_draft
         if recut:
@@ -118,6 +119,18 @@ class Compiler:
         explained.planning_seconds = time.perf_counter() - started
         self._settle(step, chosen, budget)
         return Outcome(chosen.split, explained)
+
+    def _offers(self, step: Step, again: bool = False) -> tuple[list[Proposal], list[Loop]]:
+        """Moves of single values, and loops."""
+        offers = self.pipeline.offers(step, again)
+        proposals = [move for move in offers if isinstance(move, Proposal)]
+        rates = calibrate(step.device)
+        if not (rates.to_host and rates.from_host):
+            able = [p for p in proposals if p.rebuild is None or p.rebuild.host is None]
+            if len(able) < len(proposals):
+                self._note("nothing is kept on the host: the link's rate is not known")
+            proposals = able
+        return proposals, [move for move in offers if isinstance(move, Loop)]
 
     def _planner(
         self, step: Step, own: Split, saved: list[str], proposals: list[Proposal]
@@ -198,7 +211,7 @@ class Compiler:
         old = planner.draft.step
         static = [place for place, node in enumerate(old.primals) if node in old.static]
         step = Step(module, old.num_outputs, static)
-        proposals, loops = _sorted(self.pipeline.offers(step, again=True))
+        proposals, loops = self._offers(step, again=True)
         again = {n.name for n in planner.draft.again}
         offered = frozenset(p.value for p in proposals if p.rebuild is None)
         offered |= frozenset(n for n in step.nodes if n.name in again)
@@ -217,7 +230,7 @@ class Compiler:
         return Draft(step, calibrate(step.device), again, self.fused, like)
 
     def _lower_planned(self, step: Step, cut: Split, drafted: Drafted) -> tuple[int, int]:
-        with prompt_kernels(HELD):
+        with prompt_kernels(HELD), in_order(bool(drafted.stays)):
             return self._lower(step, cut, drafted)
 
     def _lower(self, step: Step, cut: Split, drafted: Drafted) -> tuple[int, int]:
@@ -263,6 +276,7 @@ class Compiler:
         ):
             _torch.guard_fits(expression)
         self.prompt |= chosen.prompt
+        self.ordered |= bool(chosen.drafted.stays)
         if not chosen.pooled:
             self.pooled = False
             self.notes.append("buffers are freed at their last use instead of held for reuse")
@@ -312,10 +326,10 @@ class Compiler:
         chosen, floor = first if budget is None else first.within(budget), None
         if wanted and drafted.forward.ops and (budget is None or chosen.peak > budget):
             late = Step(module, len(results), late_from=_late_from(step, drafted))
-            proposals, _ = _sorted(self.pipeline.offers(late))
+            proposals, _ = self._offers(late)
             planner = self._whole_planner(late, proposals)
             plain = planner.build()
-            loops = _sorted(self.pipeline.offers(step, again=True))[1]
+            loops = self._offers(step, again=True)[1]
             base = Planner(self._draft(step, frozenset()), Plan(frozenset()), [])
             ladder = self._with_loops(base, base.ground, loops, budget, plain, self._whole_looped)
             step, floor = late, ladder.floor.peak
@@ -343,7 +357,7 @@ class Compiler:
         inner = found.draft.step
         from_here = _late_from(inner, found.drafted(Plan(frozenset())))
         late = Step(inner.module, inner.num_outputs, late_from=from_here)
-        return self._whole_planner(late, _sorted(self.pipeline.offers(late, again=True))[0])
+        return self._whole_planner(late, self._offers(late, again=True)[0])
 
     def _whole_planner(self, step: Step, proposals: list[Proposal]) -> Planner:
         draft = self._draft(step, frozenset(p.value for p in proposals if p.rebuild is None))
@@ -354,12 +368,6 @@ class Compiler:
 def _fewer_drafts(found: Planner) -> Planner:
     found.limit //= SHARE
     return found
-
-
-def _sorted(offers: list[Proposal | Loop]) -> tuple[list[Proposal], list[Loop]]:
-    """Moves of single values, and loops."""
-    proposals = [move for move in offers if isinstance(move, Proposal)]
-    return proposals, [move for move in offers if isinstance(move, Loop)]
 
 
 def _late_from(step: Step, drafted: Drafted) -> fx.Node:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -34,6 +35,7 @@ class Context:
     budget: int | None = None  #: total bytes, or None
     device: str = "cpu"
     exact: frozenset[str] = frozenset()  #: names of nodes whose numbers no pass may change
+    recorded: bool = False  #: whether kernels are recorded once and replayed (CUDA graphs)
     remarks: list[str] = dataclasses.field(default_factory=list, compare=False, repr=False)
 
     def remark(self, text: str) -> None:
@@ -91,6 +93,27 @@ class Proposer(Pass):
     def propose(self, step: Step, context: Context) -> Iterable[Proposal | Loop]:
         """The moves this pass can make on ``step``; the planner chooses among them."""
 
+    def upon(self, offered: Sequence[Proposal], step: Step, context: Context) -> Iterable[Proposal]:
+        """Moves that go further than those that other passes have offered; most have none.
+
+        One made of an offered move by ``dataclasses.replace`` stays the other pass's, and is
+        as exact as that pass is.
+        """
+        return ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """What is stored lies in the host's memory from the forward to the backward.
+
+    ``limit`` is in bytes: a plan has at most so many on the host. Copies run beside the device's
+    work. What is copied stays on the device until that is drafted to be over, and is on its way
+    back so early that its reader need not wait; or else the device ``waits`` for both copies.
+    """
+
+    limit: int
+    waits: bool = False
+
 
 @dataclasses.dataclass(frozen=True)
 class Rebuild:
@@ -99,11 +122,18 @@ class Rebuild:
     ``encode`` runs early, right after the value, and its outputs are stored;
     ``decode`` runs late, on those outputs followed by the values of ``reads``
     (which are kept anyway, or rebuilt in turn). Both are graphs of plain aten ops.
+    With ``host`` they are stored there: the engine writes the copies.
     """
 
     decode: fx.GraphModule
     encode: fx.GraphModule | None = None
     reads: tuple[fx.Node, ...] = ()
+    host: Host | None = None
+
+    @functools.cached_property
+    def stored(self) -> tuple[fx.Node, ...]:
+        """What is stored: nodes of ``encode``."""
+        return tuple(_outputs(self.encode)) if self.encode is not None else ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +200,7 @@ def rebuild(
     decode: Callable[..., torch.Tensor],
     encode: Callable[[torch.Tensor], torch.Tensor | tuple[torch.Tensor, ...]] | None = None,
     reads: tuple[fx.Node, ...] = (),
+    host: Host | None = None,
 ) -> Rebuild:
     """Trace two plain functions into a :class:`Rebuild` for ``value``.
 
@@ -179,6 +210,7 @@ def rebuild(
             where its strides are others, the value's own are given to it.
         encode: ``encode(tensor) -> tensor or tuple``, what is stored; ``None`` stores nothing.
         reads: other values of the step that ``decode`` needs.
+        host: keeps what is stored in the host's memory.
 
     Raises:
         PassError: when ``decode`` gives back another shape or dtype.
@@ -204,7 +236,7 @@ def rebuild(
         traced_decode = _trace(
             lambda *args: (_laid_out(decode(*args), original),), mode, *stored, *others
         )
-    return Rebuild(traced_decode, traced_encode, tuple(reads))
+    return Rebuild(traced_decode, traced_encode, tuple(reads), host)
 
 
 def _laid_out(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

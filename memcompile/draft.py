@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable
 
 from torch import fx
 
+from memcompile._torch.transfers import reload
 from memcompile.analysis.cost import Rates
 from memcompile.analysis.timeline import Kind, Op, simulate
 from memcompile.contract import Proposal, Rebuild
@@ -18,6 +19,7 @@ from memcompile.info import Info, read_fragment, read_step
 from memcompile.order import late_order
 from memcompile.plan import Drafted, Late, Plan
 from memcompile.step import Step, is_view, tensors
+from memcompile.ways import Ways, copy_node
 
 
 class Draft:
@@ -114,17 +116,32 @@ class Draft:
     def under(self, plan: Plan) -> Drafted:
         """Draft the step under a plan and walk both sides' timelines."""
         self.evaluations += 1
-        backward, late, saved, stored = self._draft_backward(plan)
-        forward = self._draft_forward(plan, saved, stored)
-        before = simulate(forward, self.before, self.grouped)
+        build = self._draft_backward(plan)
+        saved, stored = build.saved, build.stored
+        ways = (
+            Ways(self.step, self.rates, build.ops, build.coming, build.starts)
+            if build.coming
+            else None
+        )
+        forward = self._draft_forward(plan, saved, stored, ways)
+        before = ways.out(forward) if ways else {}
+        after = ways.back() if ways else {}
+        out = simulate(forward, self.before, self.grouped, **before)
         returned = self._returned - sum(self.info[s].bytes for s in set(saved) & set(self.outputs))
-        after = simulate(backward, self.before + returned, self.grouped)
+        back = simulate(build.ops, self.before + returned, self.grouped, **after)
         rate, launch = self.rates.memory, self.rates.launch
-        seconds = before.seconds(rate, launch) + after.seconds(rate, launch)
+        seconds = out.seconds(rate, launch) + back.seconds(rate, launch)
         order = self.forward_order
-        return Drafted(plan, before, after, saved, stored, order, late, seconds)
+        if ways is None:
+            return Drafted(plan, out, back, saved, stored, order, build.order, seconds)
+        seconds += ways.link.stalled
+        return Drafted(
+            plan, out, back, saved, stored, order, build.order, seconds, ways.stays(), ways.link
+        )
 
-    def _draft_forward(self, plan: Plan, saved: list[fx.Node], stored: list[fx.Node]) -> list[Op]:
+    def _draft_forward(
+        self, plan: Plan, saved: list[fx.Node], stored: list[fx.Node], ways: Ways | None
+    ) -> list[Op]:
         info = self.info
         encoded = [v for v, p in plan.rebuilt.items() if p.rebuild and p.rebuild.encode]
         extra = [n for n in (*saved, *encoded) if n not in self.forward_always]
@@ -145,12 +162,14 @@ class Draft:
             ops.append(what.op(node, inputs, node in keep))
             move = plan.rebuilt.get(node)
             if move is not None and move.rebuild is not None and move.rebuild.encode is not None:
-                self._add_fragment(ops, move.rebuild.encode, [place[node]], stored_set)
+                made = self._add_fragment(ops, move.rebuild.encode, [place[node]], stored_set)
+                if ways is not None and move.rebuild.host is not None:
+                    ways.leave(ops, move, made)
+            if ways is not None:
+                ways.pass_by(ops, node)
         return ops
 
-    def _draft_backward(
-        self, plan: Plan
-    ) -> tuple[list[Op], list[Late | Proposal], list[fx.Node], list[fx.Node]]:
+    def _draft_backward(self, plan: Plan) -> _Backward:
         build = _Backward(self, plan)
         for node in self._late_order:
             build.need(node)
@@ -160,7 +179,7 @@ class Draft:
             place = build.place.get(gradient)
             if place is not None:
                 build.ops[place].keep = True
-        return build.ops, build.order, build.saved, build.stored
+        return build
 
     def _add_fragment(
         self,
@@ -211,6 +230,8 @@ class _Backward:
         self.saved: list[fx.Node] = []
         self.stored: list[fx.Node] = []
         self.place: dict[fx.Node, int] = {}
+        self.starts: list[int] = []  #: where the ops of each item of the order start
+        self.coming: list[tuple[Proposal, list[int]]] = []  #: from the host, and where
 
     def need(self, node: fx.Node) -> None:
         """Lay out ``node`` and whatever it needs that is not there yet, in step order."""
@@ -265,6 +286,7 @@ class _Backward:
         else:
             self.place[node] = len(self.ops)
             inputs = tuple([self.place[i] for i in info.inputs])
+            self.starts.append(len(self.ops))
             self.ops.append(info.op(node, inputs))
             self.order.append(Late(node, early))
 
@@ -274,13 +296,19 @@ class _Backward:
         return self.place[node]
 
     def _rebuild(self, node: fx.Node, move: Proposal, how: Rebuild) -> None:
+        self.starts.append(len(self.ops))
         inputs = []
-        if how.encode is not None:
-            (output,) = how.encode.graph.find_nodes(op="output")
-            for encoded in output.args[0]:
-                self.stored.append(encoded)
-                size = self.draft.step.bytes(encoded)
-                inputs.append(self._source(encoded, size, owned=True))
+        for stored in how.stored:
+            size = self.draft.step.bytes(stored)
+            if how.host is None:
+                self.stored.append(stored)
+                inputs.append(self._source(stored, size, owned=True))
+            else:
+                inputs.append(len(self.ops))
+                back = copy_node(move, stored, reload)
+                self.ops.append(Op(back, Kind.EXTERN, (), size, moves=size))
+        if how.host is not None and inputs:
+            self.coming.append((move, list(inputs)))
         inputs += [self.place[self.draft.step.roots[r]] for r in how.reads]
         (self.place[node],) = self.draft._add_fragment(self.ops, how.decode, inputs, set())
         self.order.append(move)

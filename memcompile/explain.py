@@ -202,6 +202,8 @@ class _Kinds:
         op = line.ops[place]
         if op.node in self.saved:
             return "saved"
+        if op.moves:
+            return "saved"  # on its way back from the host
         if self.forward:
             return "outputs" if op.node in self.outputs else "temporaries"
         if op.keep:
@@ -232,6 +234,7 @@ def _side_points(side: str, line: Timeline, kinds: _Kinds, fixed: dict[str, int]
     """Sweep one side: a running total by kind, and the largest alive at each real op."""
     ops, n = line.ops, len(line.ops)
     dies: list[list[int]] = [[] for _ in range(n + 1)]
+    early: dict[int, list[int]] = {}  # taken before their own op runs
     alive: dict[int, None] = {}
     total = dict(fixed)
     kind = {}
@@ -242,12 +245,17 @@ def _side_points(side: str, line: Timeline, kinds: _Kinds, fixed: dict[str, int]
         if op.kind == Kind.SOURCE:
             alive[j] = None
             total[kind[j]] = total.get(kind[j], 0) + op.bytes
+        elif j in line.since:
+            early.setdefault(line.since[j], []).append(j)
         if line.last[j] < n:
             dies[max(line.last[j], 0)].append(j)
     points = []
     for j, op in enumerate(ops):
+        for taken in early.get(j, ()):
+            alive[taken] = None
+            total[kind[taken]] = total.get(kind[taken], 0) + ops[taken].bytes
         if op.kind != Kind.SOURCE and line.real.real[j]:
-            if op.bytes:
+            if op.bytes and j not in line.since:
                 alive[j] = None
                 total[kind[j]] = total.get(kind[j], 0) + op.bytes
             top = heapq.nlargest(5, alive, key=lambda i: ops[i].bytes)

@@ -17,6 +17,7 @@ from torch import fx
 
 from memcompile import _torch
 from memcompile._torch.dry import dry_run
+from memcompile._torch.transfers import is_transfer, offload, reload
 from memcompile.step import hint, tensor_size, tensors
 
 
@@ -88,8 +89,11 @@ class Lowering:
             if _torch.is_tangent(n)
         )
         names = {n.name for n in held.owners(returned)}
+        landed = {n.name for n in saved if isinstance(n, fx.Node) and is_transfer(n.target)}
         with _torch.donated_buffers(forward, backward, num_outputs):
-            bw = self._side(backward, self._compile_backward(), owned=True, lent=names)
+            bw = self._side(
+                backward, self._compile_backward(), owned=True, lent=names, landed=landed
+            )
         start = between + tangents
         peak = before + max(fw.peak, start + bw.peak)
         unpooled = before + max(fw.unpooled, start + bw.unpooled)
@@ -108,6 +112,7 @@ class Lowering:
         *,
         owned: bool,
         lent: set[str] | None = None,
+        landed: set[str] | None = None,
     ) -> Side:
         started = time.perf_counter()
         graph = dry_run(module, compile_side)
@@ -115,8 +120,9 @@ class Lowering:
         if graph is None:
             return Side(0, 0, 0, ())
         with _torch.V.set_graph_handler(graph):
-            apart = Walk(graph, owned, lent or set(), self.scratch, pooled=False).run()
-            side = Walk(graph, owned, lent or set(), self.scratch).run()
+            given = graph, owned, lent or set(), self.scratch
+            apart = Walk(*given, pooled=False, landed=landed).run()
+            side = Walk(*given, landed=landed).run()
             return dataclasses.replace(side, unpooled=min(side.peak, apart.peak))
 
     def _compile_forward(self, is_inference: bool) -> Callable[[fx.GraphModule], Any]:
@@ -166,6 +172,8 @@ class _Held:
 
     def add(self, outputs: Sequence[Any]) -> None:
         for root in self.owners(outputs):
+            if root.target is offload:
+                continue  # on the host
             if root.op == "call_function" and root not in self.seen:
                 self.seen.add(root)
                 self.bytes += _bytes_of(root)
@@ -179,10 +187,17 @@ class Walk:
     """
 
     def __init__(
-        self, graph: Any, owned: bool, lent: set[str], scratch: Scratch, pooled: bool = True
+        self,
+        graph: Any,
+        owned: bool,
+        lent: set[str],
+        scratch: Scratch,
+        pooled: bool = True,
+        landed: set[str] | None = None,
     ) -> None:
         self.graph, self.owned, self.lent, self.scratch = graph, owned, lent, scratch
         self.pooled = pooled
+        self.landed = landed or set()  #: inputs that lie on the host
         self.root: dict[str, str] = {}
         self.size: dict[str, int] = {}
         self.names: dict[str, int] = {}
@@ -217,6 +232,8 @@ class Walk:
         at the start, so freeing one goes below zero."""
         for name, value in self.graph.graph_inputs.items():
             if name.startswith(("primals", "tangents")) or not self.owned:
+                continue
+            if name in self.landed:
                 continue
             node = getattr(value, "data", value)
             try:
@@ -263,6 +280,11 @@ class Walk:
         """The tensors a library op returns: several parts, one, or a view of an input."""
         name = node.get_name()
         parts = self.parts.get(name)
+        op = getattr(node, "op_overload", None)
+        if is_transfer(op) and op is not reload:
+            for part in parts or [name]:  # on the host, or what was copied and is whole now
+                self._alias(part, next(iter(node.get_inputs_that_alias_output()), ""))
+            return
         if parts is not None:
             for part in parts:
                 self._part(part, self.graph.get_buffer(part))

@@ -98,7 +98,31 @@ class Pipeline:
             if not again:
                 notes = [f"offered {len(offered)} moves", *context.remarks]
                 self._record(each, False, "; ".join(notes))
-        return found
+        return [*found, *self._upon(found, step, context, again)]
+
+    def _upon(
+        self, found: list[Proposal | Loop], step: Step, context: Context, again: bool
+    ) -> list[Proposal]:
+        """What passes make of each other's moves."""
+        first = [move for move in found if isinstance(move, Proposal)]
+        more: list[Proposal] = []
+        for each in self.passes:
+            if not isinstance(each, Proposer):
+                continue
+            context.remarks.clear()
+            offered = []
+            try:
+                for proposal in each.upon(first, step, context):
+                    _check(proposal, step)
+                    offered.append(dataclasses.replace(proposal, by=proposal.by or spell(each)))
+            except Exception as error:  # a stranger's code may raise anything
+                self._record(each, False, _said(error), error)
+                continue
+            more += offered
+            if (offered or context.remarks) and not again:
+                notes = [f"offered {len(offered)} moves upon others'", *context.remarks]
+                self._record(each, False, "; ".join(notes))
+        return more
 
     def _record(
         self, each: Pass, changed: bool, note: str = "", cause: Exception | None = None

@@ -37,6 +37,24 @@ class Late:
     copy: bool
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stay:
+    """What one move stores on the host, and when it is copied there and back."""
+
+    move: Proposal
+    bytes: int  #: copied each way
+    landed: fx.Node  #: the early node after which the copy out is waited for
+    begins: int  #: before which item of the backward's order the copy back begins
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Link:
+    """Seconds of all copies between device and host, in both directions."""
+
+    busy: float = 0.0  #: that the link copies
+    stalled: float = 0.0  #: that kernels wait for it
+
+
 @dataclasses.dataclass
 class Drafted:
     """A draft under one plan: what runs, what it costs."""
@@ -45,10 +63,17 @@ class Drafted:
     forward: Timeline
     backward: Timeline
     saved: list[fx.Node]  #: early roots stored for the backward
-    stored: list[fx.Node]  #: encoded outputs stored for the backward (rebuild graphs' nodes)
+    stored: list[fx.Node]  #: encoded outputs stored on the device (rebuild graphs' nodes)
     early: list[fx.Node]  #: the forward's order, views and unneeded nodes included
     late: list[Late | Proposal]  #: the backward's order, views left out
     seconds: float
+    stays: tuple[Stay, ...] = ()  #: on the host, in the order of the copies back
+    link: Link = Link()
+
+    @property
+    def hosted(self) -> int:
+        """Bytes on the host between forward and backward."""
+        return sum(stay.bytes for stay in self.stays)
 
     @property
     def peak(self) -> int:

@@ -28,6 +28,7 @@ from memcompile.cuts import narrow_cuts
 from memcompile.draft import Draft
 from memcompile.ladder import Ladder, Rung
 from memcompile.plan import Drafted, Plan
+from memcompile.ways import copy_seconds, freed_bytes, kept_bytes, marks, pinned_bytes
 
 #: Rungs a walk aims for, and drafts in all, by the size of the step.
 STEPS = 40
@@ -142,25 +143,25 @@ class Planner:
             freed += options[batch].bytes
             batch += 1
         while batch >= 1 and self.drafts < stop:
-            new = self._try(_without(now.plan, options[:batch]))
+            new = self._try(self._without(now.plan, options[:batch]))
             if new.peak < now.peak:
                 return new
             batch //= 2
         for option in options[1:9]:
             if self.drafts >= stop:
                 return None
-            new = self._try(_without(now.plan, [option]))
+            new = self._try(self._without(now.plan, [option]))
             if new.peak < now.peak:
                 return new
         for same in self._families(now, options)[:4]:  # blocks that are alike peak alike
             if self.drafts >= stop:
                 return None
-            new = self._try(_without(now.plan, same))
+            new = self._try(self._without(now.plan, same))
             if new.peak < now.peak:
                 return new
         # What is alive at the peak for others' sake: drop everything offered at once.
         if self.drafts < stop and len(options) > 1:
-            new = self._try(_without(now.plan, options))
+            new = self._try(self._without(now.plan, options))
             if new.peak < now.peak:
                 return new
         return None
@@ -207,7 +208,7 @@ class Planner:
         for same in [[drop] for drop in drops[:most]] + self._families(now, drops)[:most]:
             if not self.left:
                 return
-            self._try(_without(now.plan, same))
+            self._try(self._without(now.plan, same))
         alike = [tuple(v for v in self.alike[k] if v in again) for _, k in keeps]
         several = [same for same in dict.fromkeys(alike) if len(same) > 1]
         for values in [(value,) for _, value in keeps[:most]] + several[:most]:
@@ -218,32 +219,55 @@ class Planner:
             for pair in itertools.combinations(drops, 2):  # some pay only together
                 if not self.left:
                     return
-                self._try(_without(now.plan, pair))
+                self._try(self._without(now.plan, pair))
             for option in drops:
                 for _, value in keeps:
                     if not self.left:
                         return
-                    self._try(_keeping(_without(now.plan, [option]), [value]))
+                    self._try(_keeping(self._without(now.plan, [option]), [value]))
+
+    def _without(self, plan: Plan, drops: Iterable[_Drop]) -> Plan:
+        """The plan with values dropped; what the host has no room for stays as it is."""
+        kept, rebuilt = set(plan.kept), dict(plan.rebuilt)
+        pinned = {v: pinned_bytes(self.draft.step, move) for v, move in rebuilt.items()}
+        for drop in drops:
+            other = drop.other
+            if other is not None and other.rebuild is not None and other.rebuild.host is not None:
+                size = pinned_bytes(self.draft.step, other)
+                taken = sum(pinned.values()) - pinned.get(drop.value, 0)
+                if taken + size > other.rebuild.host.limit:
+                    continue
+                pinned[drop.value] = size
+            else:
+                pinned.pop(drop.value, None)
+            kept.discard(drop.value)
+            rebuilt.pop(drop.value, None)
+            if other is not None:
+                rebuilt[drop.value] = other
+        return Plan(frozenset(kept), rebuilt)
 
     # -- options --------------------------------------------------------------------
 
     def _drops(self, now: Drafted, every: bool = False) -> list[_Drop]:
         """Ways to free a value stored at the peak, best bytes a second first."""
         stored, copies = frozenset(now.saved), frozenset(now.copies)
-        at_peak = stored.union(now.stored) if every else self._stored_at_peak(now)
+        at_peak = self._stored_at_peak(now)
+        if every:
+            at_peak = stored.union(now.stored, (stay.move.value for stay in now.stays))
         options = []
         for value in (*now.saved, *now.plan.rebuilt):
             move = now.plan.rebuilt.get(value)  # what is encoded may take less still
-            size = _encoded_bytes(self.draft, move) if move else self.draft.info[value].bytes
-            if not size or at_peak.isdisjoint(_encoded(move) if move else [value]):
+            size = freed_bytes(self.draft.step, move) if move else self.draft.info[value].bytes
+            if not size or at_peak.isdisjoint(marks(move) if move else [value]):
                 continue
             if value in self.again:
                 seconds = self._chain_seconds(value, stored, copies)
                 options.append(_Drop(value, None, size, seconds))
             for other in self.others.get(value, ()):
-                kept = _encoded_bytes(self.draft, other)
-                if kept < size:
+                kept = kept_bytes(self.draft.step, other)
+                if kept < size and other is not move:
                     seconds = 4 * self.draft.info[value].bytes / self.draft.rates.memory
+                    seconds += copy_seconds(self.draft.step, self.draft.rates, now, other)
                     options.append(_Drop(value, other, size - kept, seconds))
         order = self.draft.step.order
         options.sort(key=lambda o: (-o.bytes / (o.seconds + 1e-9), order[o.value]))
@@ -266,10 +290,12 @@ class Planner:
             return frozenset(
                 line.ops[j].node
                 for j in line.alive(line.at)
-                if line.ops[j].kind == Kind.SOURCE and line.ops[j].bytes
+                if (line.ops[j].kind == Kind.SOURCE and line.ops[j].bytes) or line.ops[j].moves
             )
         line = now.forward
-        return frozenset(line.ops[j].node for j in line.alive(line.at) if line.ops[j].keep)
+        leaving = {node for stay in now.stays for node in marks(stay.move)}
+        alive = [line.ops[j] for j in line.alive(line.at)]
+        return frozenset(op.node for op in alive if op.keep or op.node in leaving)
 
     def _chain_seconds(
         self, value: fx.Node, stored: frozenset[fx.Node], copies: frozenset[fx.Node]
@@ -305,6 +331,8 @@ class Planner:
             what = info[node]
             moved = what.bytes if what.kind == Kind.POINTWISE else 2 * what.bytes
             gain = max(what.seconds, moved / memory) + self.draft.rates.launch
+            if now.link.stalled and node in now.plan.rebuilt:
+                gain += copy_seconds(self.draft.step, self.draft.rates, now, now.plan.rebuilt[node])
             scored.append((gain / what.bytes, what.bytes, node))
         order = self.draft.step.order
         scored.sort(key=lambda s: (-s[0], order[s[2]]))
@@ -334,28 +362,6 @@ class _Drop:
     other: Proposal | None  #: ``None``: run its op again
     bytes: int
     seconds: float
-
-
-def _encoded(proposal: Proposal) -> list[fx.Node]:
-    how = proposal.rebuild
-    if how is None or how.encode is None:
-        return []
-    (output,) = how.encode.graph.find_nodes(op="output")
-    return list(output.args[0])
-
-
-def _encoded_bytes(draft: Draft, proposal: Proposal) -> int:
-    return sum(draft.step.bytes(out) for out in _encoded(proposal))
-
-
-def _without(plan: Plan, drops: Iterable[_Drop]) -> Plan:
-    kept, rebuilt = set(plan.kept), dict(plan.rebuilt)
-    for drop in drops:
-        kept.discard(drop.value)
-        rebuilt.pop(drop.value, None)
-        if drop.other is not None:
-            rebuilt[drop.value] = drop.other
-    return Plan(frozenset(kept), rebuilt)
 
 
 def _keeping(plan: Plan, values: Iterable[fx.Node]) -> Plan:

@@ -7,13 +7,16 @@ it at the values that late readers take from the forward.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from typing import Any
 
 import torch
 from torch import fx
 
 from memcompile import _torch
-from memcompile.contract import Rebuild
+from memcompile._torch import transfers
+from memcompile.contract import Proposal
 from memcompile.plan import Drafted, Late
 from memcompile.step import Step
 
@@ -113,6 +116,7 @@ class _Writer:
         self.early: dict[fx.Node, fx.Node] = {}
         self.late: dict[fx.Node, fx.Node] = {}
         self.encoded: dict[fx.Node, fx.Node] = {}
+        self.coming: dict[fx.Node, fx.Node] = {}  #: copies back that have begun
         self.saved: dict[fx.Node, None] = {}
         self.symbols: dict[fx.Node, None] = {}
         self.kept = frozenset(drafted.saved)
@@ -135,12 +139,17 @@ class _Writer:
 
     def _write_sides(self) -> None:
         self._write_early()
-        for item in self.drafted.late:
+        begins: dict[int, list[Proposal]] = {}
+        for stay in self.drafted.stays:
+            begins.setdefault(stay.begins, []).append(stay.move)
+        for place, item in enumerate(self.drafted.late):
+            for move in begins.get(place, ()):
+                self._reload(move)
             if isinstance(item, Late):
                 self._copy_late(item.node)
             else:
                 assert item.rebuild is not None
-                decoded = self.late[item.value] = self._decode(item.rebuild)
+                decoded = self.late[item.value] = self._decode(item)
                 decoded.meta[STANDS_FOR] = item.value.name
 
     def _module(self, results: tuple[object, ...]) -> fx.GraphModule:
@@ -152,6 +161,11 @@ class _Writer:
 
     def _write_early(self) -> None:
         rebuilt = self.drafted.plan.rebuilt
+        landing: dict[fx.Node, list[Proposal]] = {}
+        stays = self.drafted.stays
+        for stay in sorted(stays, key=lambda stay: self.step.order[stay.move.value]):
+            landing.setdefault(stay.landed, []).append(stay.move)
+        leaving = {stay.move.value for stay in stays}
         for node in self.step.placeholders:
             self.early[node] = self.graph.node_copy(node)
         for node in self.drafted.early:
@@ -160,6 +174,45 @@ class _Writer:
             move = rebuilt.get(node)
             if move is not None and move.rebuild is not None and move.rebuild.encode is not None:
                 self._inline(move.rebuild.encode, [self.early[node]], self.encoded)
+                if node in leaving:
+                    self._offload(move)
+            for landed in landing.get(node, ()):
+                self._land(landed)
+
+    # -- to the host and back ---------------------------------------------------------------
+
+    def _offload(self, move: Proposal) -> None:
+        """Begin to copy what is stored to the host."""
+        for stored in _stored(move):
+            self.coming[stored] = self._copy(
+                transfers.offload, (self.encoded[stored],), f"offload_{move.value.name}"
+            )
+
+    def _land(self, move: Proposal) -> None:
+        """Wait for those copies: what was copied is read until here."""
+        for stored in _stored(move):
+            source, name = self.encoded[stored], f"{transfers.LANDED}{move.value.name}"
+            self.encoded[stored] = self._copy(
+                transfers.wait, (self.coming.pop(stored), source), name
+            )
+
+    def _reload(self, move: Proposal) -> None:
+        """Begin to copy what is stored back to where it was."""
+        for stored in _stored(move):
+            host = self.encoded[stored]
+            self.saved[host] = None
+            device = stored.meta["val"].device
+            self.coming[stored] = self._copy(
+                transfers.reload, (host, device), f"reload_{move.value.name}"
+            )
+
+    def _copy(self, target: Any, args: tuple[Any, ...], name: str) -> fx.Node:
+        node = self.graph.create_node("call_function", target, args, name=name)
+        given = fx.node.map_arg(args, lambda arg: arg.meta["val"])
+        with _torch.detect_fake_mode([args[0].meta["val"]]) or contextlib.nullcontext():
+            node.meta["val"] = target(*given)
+        node.meta["stack_trace"] = args[0].meta.get("stack_trace")
+        return node
 
     def _inline(
         self, module: fx.GraphModule, inputs: list[fx.Node], env: dict[fx.Node, fx.Node]
@@ -180,12 +233,18 @@ class _Writer:
                 env[node] = self.graph.node_copy(node, env.__getitem__)
         raise AssertionError("a graph ends in an output")
 
-    def _decode(self, how: Rebuild) -> fx.Node:
-        inputs = []
-        if how.encode is not None:
-            (output,) = how.encode.graph.find_nodes(op="output")
-            inputs = [self.encoded[out] for out in output.args[0]]
+    def _decode(self, move: Proposal) -> fx.Node:
+        how = move.rebuild
+        assert how is not None
+        if how.host is None:
+            inputs = [self.encoded[stored] for stored in how.stored]
             self.saved.update(dict.fromkeys(inputs))
+        else:
+            name = f"back_{move.value.name}"
+            inputs = [
+                self._copy(transfers.wait, (self.coming.pop(stored),), name)
+                for stored in how.stored
+            ]
         inputs += [self.read_late(read) for read in how.reads]
         (result,) = self._inline(how.decode, inputs, {})
         return result
@@ -224,6 +283,10 @@ class _Writer:
         if node is None:
             return None
         return self.early[node] if node in self.early else self.read_late(node)
+
+
+def _stored(move: Proposal) -> tuple[fx.Node, ...]:
+    return move.rebuild.stored if move.rebuild is not None else ()
 
 
 def _is_symbol(node: fx.Node) -> bool:

@@ -44,6 +44,7 @@ def _moments(
     """The running sum at each op that allocates; the same object each time."""
     n = len(line.ops)
     dies: list[list[int]] = [[] for _ in range(n)]
+    early: dict[int, list[int]] = {}  # what is taken ahead of the op that it belongs to
     sizes: dict[int, Counter[sympy.Expr]] = {}
     size_of = step.bytes_expr if size_of is None else size_of
     for j, op in enumerate(line.ops):
@@ -52,10 +53,15 @@ def _moments(
         sizes[j] = _monomials(size_of(op.node))
         if op.kind == Kind.SOURCE:
             total.update(sizes[j])
+        elif j in line.since:
+            early.setdefault(line.since[j], []).append(j)
         if line.last[j] < n:
             dies[max(line.last[j], 0)].append(j)
     for j, op in enumerate(line.ops):
-        if op.kind != Kind.SOURCE and j in sizes:
+        for taken in early.get(j, ()):
+            total.update(sizes[taken])
+            yield total
+        if op.kind != Kind.SOURCE and j in sizes and j not in line.since:
             total.update(sizes[j])
             yield total
         loop = op.node.meta.get("loop") if isinstance(op.node, fx.Node) else None

@@ -232,6 +232,11 @@ def mode_patches(mode: str | None) -> dict[str, Any]:
     return dict(list_mode_options(mode)) if mode else {}
 
 
+def records_kernels() -> bool:
+    """Whether Inductor records kernels as CUDA graphs, where no option says so."""
+    return bool(inductor_config.triton.cudagraphs)
+
+
 def graph_passes(given: Any, ours: CustomGraphPass) -> CustomGraphPass:
     """A user's own graph passes followed by ours, as Inductor's config takes them."""
     if given is None:

@@ -15,10 +15,11 @@ from unittest import mock
 from torch._inductor.codegen.cpp import CppScheduling
 from torch._inductor.virtualized import V
 
-from memcompile._torch import sizevar_hint
+from memcompile._torch import inductor_config, sizevar_hint
 from memcompile._torch.packing import fused_packing
+from memcompile._torch.transfers import is_transfer
 
-__all__ = ["CppScheduling", "V", "prompt_kernels"]
+__all__ = ["CppScheduling", "V", "in_order", "prompt_kernels"]
 
 #: How the graphs of loops' bodies are named.
 BODY = "loop_body"
@@ -80,6 +81,17 @@ def prompt_kernels(held: float) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def in_order(wanted: bool) -> Iterator[None]:
+    """Within the block Inductor looks for no other order of kernels, where that is wanted.
+
+    Copies to the host and back are where they are hidden; its estimate of memory counts what
+    lies on the host as if it lay on the device.
+    """
+    with inductor_config.patch({"reorder_for_peak_memory": False} if wanted else {}):
+        yield
+
+
 def _sizes(scheduler: Any) -> dict[str, int]:
     """Bytes of every buffer and input, by name."""
     buffers = {name: buffer.node for name, buffer in scheduler.name_to_buf.items()}
@@ -131,12 +143,25 @@ def _shape(buffer: Any) -> tuple[Any, ...]:
 
 
 def _calls(scheduler: Any) -> list[int]:
-    """Where in the schedule the library calls stand, those that read nothing left out."""
+    """Where in the schedule the library calls stand, those that read nothing left out.
+
+    Nor does it count what only begins or awaits a copy to or from the host.
+    """
     return sorted(
         node.min_order
         for node in scheduler.name_to_node.values()
-        if hasattr(node, "min_order") and node.is_extern() and node.read_writes.reads
+        if hasattr(node, "min_order")
+        and node.is_extern()
+        and node.read_writes.reads
+        and not _copies(node)
     )
+
+
+def _copies(node: Any) -> bool:
+    """Whether the node is one of the ops that copy, or what such an op returns."""
+    ir = node.node
+    inner = [ir, *getattr(ir, "inputs", ())]
+    return any(is_transfer(getattr(each, "op_overload", None)) for each in inner)
 
 
 def _before(calls: list[int], node: Any) -> int:

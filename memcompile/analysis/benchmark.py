@@ -79,6 +79,17 @@ def launch_seconds(device: torch.device) -> float:
     return _seconds(lambda: torch.add(one, one, out=out), device, repeats=200)
 
 
+def link_rates(device: torch.device) -> tuple[float, float]:
+    """Bytes/s of copies to pinned memory of the host, and from there; zeros on the host itself."""
+    if device.type != "cuda":
+        return 0.0, 0.0
+    here = torch.ones(2**26, dtype=torch.uint8, device=device)
+    there = torch.empty(here.shape, dtype=here.dtype, pin_memory=True)
+    away = _seconds(lambda: there.copy_(here, non_blocking=True), device, repeats=20)
+    back = _seconds(lambda: here.copy_(there, non_blocking=True), device, repeats=20)
+    return here.nbytes / away, here.nbytes / back
+
+
 def _elementwise(op: Callable[..., Any], device: torch.device, count: int) -> Callable[[], Any]:
     values = torch.full((count,), 0.5, device=device)
     out = torch.empty_like(values)

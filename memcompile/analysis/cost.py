@@ -75,6 +75,8 @@ class Rates:
     cheap: float  #: elements/s of plain arithmetic
     slow: float  #: elements/s of exp, erf, tanh and the like
     launch: float  #: seconds to start one kernel
+    to_host: float = 0.0  #: bytes/s copied to pinned memory of the host; 0 on the host itself
+    from_host: float = 0.0  #: and back
 
     def matmul_rate(self, dtype: torch.dtype) -> float:
         """Flop/s for ``dtype``; eight-bit floats as bfloat16, the rest as float32."""
@@ -92,7 +94,10 @@ class Rates:
         try:
             rates = cls(**json.loads(text))
             figures = [*rates.matmul.values(), rates.memory, rates.cheap, rates.slow, rates.launch]
-            if not all(0 < figure < math.inf for figure in figures):
+            links = (rates.to_host, rates.from_host)
+            if not all(0 < figure < math.inf for figure in figures) or not all(
+                0 <= figure < math.inf for figure in links
+            ):
                 raise ValueError("a rate is not a positive number")
             rates.matmul["float32"]
         except (TypeError, AttributeError, KeyError, ValueError) as error:
@@ -109,6 +114,8 @@ FIXED = Rates(
     cheap=1e10,
     slow=1e9,
     launch=5e-6,
+    to_host=1e9,
+    from_host=1e9,
 )
 
 _forced: list[Rates] = []
@@ -158,6 +165,7 @@ def measure_rates(device: torch.device) -> Rates:
         cheap = benchmark.element_rate(device, [torch.add, torch.mul])
         slow = benchmark.element_rate(device, [torch.exp, torch.erf, torch.tanh])
         launch = benchmark.launch_seconds(device)
+        links = benchmark.link_rates(device)
     scale = max(threads, 1)
     return Rates(
         device=benchmark.device_name(device),
@@ -167,6 +175,8 @@ def measure_rates(device: torch.device) -> Rates:
         cheap=_two_digits(cheap * scale),
         slow=_two_digits(slow * scale),
         launch=_two_digits(launch),
+        to_host=_two_digits(links[0]),
+        from_host=_two_digits(links[1]),
     )
 
 
@@ -318,7 +328,9 @@ def _rates_file(device: torch.device) -> Path:
     """One file for each device name, thread count, torch version and float32 precision."""
     precision = torch.get_float32_matmul_precision()
     name = benchmark.device_name(device)
-    parts = (name, torch.get_num_threads(), torch.__version__, precision)
+    parts: tuple[object, ...] = (name, torch.get_num_threads(), torch.__version__, precision)
+    if device.type == "cuda":
+        parts += ("link",)  # files from before the link was measured have no rate of it
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     return cache_folder() / f"rates-{device.type}-{digest}.json"
 

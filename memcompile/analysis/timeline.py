@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -46,6 +46,7 @@ class Op:
     reshaped: tuple[int, ...] = ()  #: those of ``inputs`` that are read in another shape
     moved: tuple[int, ...] = ()  #: those read in another order than the result is written in
     breaks: frozenset[int] = frozenset()  #: between which dimensions its loops are not merged
+    moves: int = 0  #: bytes that it begins to copy between host and device, beside other work
 
 
 #: Inductor's defaults (``config.realize_reads_threshold`` and
@@ -188,6 +189,7 @@ class Timeline:
     real: Real
     live: list[int]
     last: list[int]  #: place of the last op that needs each op's memory
+    since: Mapping[int, int]  #: for some ops: where their memory is taken, before they run
 
     @property
     def peak(self) -> int:
@@ -204,7 +206,9 @@ class Timeline:
         return [
             j
             for j, op in enumerate(self.ops)
-            if self.real.real[j] and self.last[j] >= at and (op.kind == Kind.SOURCE or j <= at)
+            if self.real.real[j]
+            and self.last[j] >= at
+            and (op.kind == Kind.SOURCE or self.since.get(j, j) <= at)
         ]
 
     def seconds(self, bandwidth: float, launch: float) -> float:
@@ -214,25 +218,44 @@ class Timeline:
         to share that read (horizontal fusion). ``bandwidth`` is in bytes per second,
         ``launch`` in seconds.
         """
-        total, shared, calls = 0.0, set(), 0
-        ops, real = self.ops, self.real
-        for j, op in enumerate(ops):
-            calls += op.kind >= Kind.EXTERN
-            if not real.real[j] or op.kind in (Kind.SOURCE, Kind.PART):
-                continue
-            traffic = op.bytes
-            for i in real.reads[j] or ():
-                if op.kind < Kind.EXTERN:
-                    if (i, calls) in shared:
-                        continue
-                    shared.add((i, calls))
-                traffic += ops[i].traffic or ops[i].bytes
-            total += max(real.seconds[j], traffic / bandwidth) + launch
+        total = 0.0
+        for seconds in kernel_seconds(self.ops, self.real, bandwidth, launch):
+            total += seconds
         return total
 
 
+def kernel_seconds(ops: Sequence[Op], real: Real, bandwidth: float, launch: float) -> list[float]:
+    """Predicted seconds of each op: see :meth:`Timeline.seconds`. A copy's are those to begin it
+    and to wait for it."""
+    found = [0.0] * len(ops)
+    shared: set[tuple[int, int]] = set()
+    calls = 0
+    for j, op in enumerate(ops):
+        if op.moves:
+            found[j] = 2 * launch
+            continue
+        calls += op.kind >= Kind.EXTERN
+        if not real.real[j] or op.kind in (Kind.SOURCE, Kind.PART):
+            continue
+        traffic = op.bytes
+        for i in real.reads[j] or ():
+            if op.kind < Kind.EXTERN:
+                if (i, calls) in shared:
+                    continue
+                shared.add((i, calls))
+            traffic += ops[i].traffic or ops[i].bytes
+        found[j] = max(real.seconds[j], traffic / bandwidth) + launch
+    return found
+
+
 def simulate(
-    ops: Sequence[Op], base: int = 0, grouped: bool = False, parted: bool = False
+    ops: Sequence[Op],
+    base: int = 0,
+    grouped: bool = False,
+    parted: bool = False,
+    real: Real | None = None,
+    held: Mapping[int, int] | None = None,
+    since: Mapping[int, int] | None = None,
 ) -> Timeline:
     """Walk ``ops`` once: allocate outputs, then free what was read for the last time.
 
@@ -244,10 +267,17 @@ def simulate(
             which is where it has done with much (``HELD``).
         parted: what reads a value for its sums and then writes in its place are two kernels
             where a third reads it too and waits for the sums (in a loop's body they are).
+        real: of these ops, where it is known.
+        held: for some ops, the place up to which their memory is held at least.
+        since: for some ops, the place before which it is taken, ahead of their own.
     """
-    real = materialise(ops)
-    last = _last_needs(ops, real)
+    real = materialise(ops) if real is None else real
+    last = last_needs(ops, real)
+    since = since or {}
     n = len(ops)
+    longer = {j for j, place in (held or {}).items() if place > last[j]}
+    for j in longer:
+        last[j] = (held or {})[j]
     freed: list[int] = [0] * (n + 1)
     dies_into: dict[int, list[int]] = {}
     current = base
@@ -257,16 +287,20 @@ def simulate(
         if real.real[j] and last[j] < n:
             place = max(last[j], 0)
             freed[place] += op.bytes
-            if place != j:
+            if place != j and j not in longer:
                 dies_into.setdefault(place, []).append(j)
+    taken: dict[int, int] = {}
+    for j, place in since.items():
+        taken[place] = taken.get(place, 0) + ops[j].bytes
     live = [0] * n
     waiting = 0  # bytes the present call has done with
     largest = max((op.bytes for j, op in enumerate(ops) if real.real[j]), default=0)
     for j, op in enumerate(ops):
+        current += taken.get(j, 0)
         alone = op.kind >= Kind.EXTERN or not grouped
         if alone:
             current, waiting = current - waiting, 0
-        if op.kind != Kind.SOURCE and real.real[j]:
+        if op.kind != Kind.SOURCE and real.real[j] and j not in since:
             summed = real.summed.get(j, set())
             if parted and summed:
                 thirds = (read & real.own[k] for k, read in real.summed.items() if k < j)
@@ -285,10 +319,10 @@ def simulate(
         waiting += freed[j]
         if alone or waiting >= HELD * largest:
             current, waiting = current - waiting, 0
-    return Timeline(ops, real, live, last)
+    return Timeline(ops, real, live, last, since)
 
 
-def _last_needs(ops: Sequence[Op], real: Real) -> list[int]:
+def last_needs(ops: Sequence[Op], real: Real) -> list[int]:
     """The place of the last op that needs each op's memory; ``len(ops)`` for what stays."""
     n = len(ops)
     last = [-1] * n
