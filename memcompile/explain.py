@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import fx
 
 from memcompile.analysis.ops import op_name
 from memcompile.analysis.timeline import Kind, Timeline
 from memcompile.contract import Proposal
-from memcompile.plan import Drafted
-from memcompile.report import LoopRow, MoveRow, Point, ValueRow
+from memcompile.plan import Drafted, Late
+from memcompile.report import LoopRow, MoveRow, Point, StayRow, ValueRow
 from memcompile.split import Split
 from memcompile.step import Step, is_loop, source_line, tensors
 from memcompile.symbolic import peak_expression
@@ -36,6 +36,9 @@ class Explained:
     symbols: dict[str, int]
     moves: tuple[MoveRow, ...]
     loops: tuple[LoopRow, ...]
+    stays: tuple[StayRow, ...]
+    host: int
+    link_seconds: float
     largest: tuple[ValueRow, ...]
     timeline_before: tuple[Point, ...]
     timeline_after: tuple[Point, ...]
@@ -75,6 +78,9 @@ def explain(
         symbols={str(symbol): value for symbol, value in step.symbols().items()},
         moves=tuple(_moves(step, before, after, proposals)),
         loops=_placed(loops, after_step),
+        stays=tuple(_stays(after)),
+        host=after.hosted,
+        link_seconds=after.link.busy,
         largest=tuple(_largest(after_step, after)),
         timeline_before=_points(step, before),
         timeline_after=_points(after_step, after) if after is not before else (),
@@ -104,6 +110,17 @@ def _placed(rows: Sequence[LoopRow], step: Step) -> tuple[LoopRow, ...]:
     )
 
 
+def _stays(drafted: Drafted) -> Iterator[StayRow]:
+    """What lies on the host, in the order in which it comes back."""
+    for stay in drafted.stays:
+        value, item = stay.move.value, drafted.late[stay.begins]
+        begins = item.node if isinstance(item, Late) else item.value
+        yield StayRow(
+            value.name, stay.move.how, source_line(value), stay.bytes,
+            stay.landed.name, begins.name, stay.stalled,
+        )  # fmt: skip
+
+
 def _held_after(step: Step, drafted: Drafted) -> int:
     """Bytes alive when the forward has returned: inputs, outputs and what is saved."""
     roots = {*drafted.saved, *(step.roots[n] for n in step.node_outputs())}
@@ -127,6 +144,7 @@ def _moves(
     there = {n.name for n in after.early}
     rebuilt = {value.name: move for value, move in after.plan.rebuilt.items()}
     per_copy = _copy_seconds(before, after)
+    per_copy |= {stay.move.value.name: stay.stalled for stay in after.stays}
     rows = []
     for node in before.saved:
         if node.name in now:

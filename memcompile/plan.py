@@ -45,6 +45,7 @@ class Stay:
     bytes: int  #: copied each way
     landed: fx.Node  #: the early node after which the copy out is waited for
     begins: int  #: before which item of the backward's order the copy back begins
+    stalled: float  #: seconds that kernels wait for its copies
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -41,6 +41,19 @@ class MoveRow:
 
 
 @dataclasses.dataclass(frozen=True)
+class StayRow:
+    """What one value leaves on the host from the forward to the backward."""
+
+    value: str
+    how: str  #: as in its move
+    source: str
+    bytes: int  #: copied each way
+    landed: str  #: the forward's node after which its copy is over, or waited for
+    begins: str  #: the backward's node before which the copy back begins
+    seconds: float  #: that kernels wait for its copies
+
+
+@dataclasses.dataclass(frozen=True)
 class LoopRow:
     """One region of the step that runs as loops."""
 
@@ -111,6 +124,9 @@ class Report:
     symbols: dict[str, int] = dataclasses.field(default_factory=dict)  #: as traced
     moves: tuple[MoveRow, ...] = ()
     loops: tuple[LoopRow, ...] = ()  #: regions that run chunk by chunk
+    stays: tuple[StayRow, ...] = ()  #: what lies on the host from forward to backward
+    host: int = 0  #: their bytes, of the host's memory
+    link_seconds: float = 0.0  #: predicted seconds of their copies, both ways
     passes: tuple[Ran, ...] = ()
     largest: tuple[ValueRow, ...] = ()
     timeline_before: tuple[Point, ...] = ()
@@ -141,6 +157,7 @@ class Report:
             data["loops"] = tuple(
                 LoopRow(**{**row, "at": tuple(row["at"])}) for row in data["loops"]
             )
+            data["stays"] = tuple(StayRow(**row) for row in data["stays"])
             data["passes"] = tuple(Ran(**row) for row in data["passes"])
             data["largest"] = tuple(
                 ValueRow(**{**row, "shape": tuple(row["shape"])}) for row in data["largest"]

@@ -49,6 +49,7 @@ def subtitle(report: Report) -> str:
 def sentences(report: Report) -> list[str]:
     """What the figures come to, a line each."""
     lines = [_verdict(report), _time(report), *_moved(report.moves)]
+    lines += _hosted(report)
     lines += _looped(report.loops)
     if report.fidelity:
         lines.append(f"{report.fidelity[0].upper()}{report.fidelity[1:]}.")
@@ -101,6 +102,17 @@ def _moved(moves: Sequence[MoveRow]) -> Iterable[str]:
             total = size(sum(move.bytes for move in group))
             seconds = change(math.fsum(move.seconds for move in group))
             yield f"{_count(len(group), 'value')} {verb}: {total} {effect}, {seconds}."
+
+
+def _hosted(report: Report) -> Iterable[str]:
+    """How much lies on the host, and how well its copies are hidden."""
+    if report.stays:
+        waited = math.fsum(stay.seconds for stay in report.stays)
+        hidden = duration(max(0.0, report.link_seconds - waited))
+        yield (
+            f"{_count(len(report.stays), 'value')} on the host: {size(report.host)}, copied there "
+            f"and back in {duration(report.link_seconds)}, {hidden} of it beside the kernels."
+        )
 
 
 def _looped(loops: Sequence[LoopRow]) -> Iterable[str]:

@@ -125,6 +125,24 @@ def _biggest(moves: Sequence[MoveRow]) -> Table:
     return Table(title, columns, rows, columns[3:5])
 
 
+def _stays(report: Report) -> Table:
+    """What lies on the host, and between which nodes it is away."""
+    rows = tuple(
+        (
+            stay.value,
+            stay.how,
+            size(stay.bytes),
+            stay.landed,
+            stay.begins,
+            duration(stay.seconds),
+            stay.source,
+        )
+        for stay in report.stays
+    )
+    columns = ("value", "how", "bytes", "there after", "back from", "waited", "source")
+    return Table("On the host", columns, rows, ("bytes", "waited"))
+
+
 def chunk_bytes(loop: LoopRow) -> int:
     """Bytes of the loop's value that one trip makes."""
     return -(-loop.bytes // loop.chunks)
@@ -191,5 +209,11 @@ def tables(report: Report) -> list[Table]:
     grouped = _groups(report.moves)
     if len(grouped.rows) < len(report.moves):
         found.append(grouped)
-    found += [_loops(report), _biggest(report.moves), _largest(report), _passes(report)]
+    found += [
+        _stays(report),
+        _loops(report),
+        _biggest(report.moves),
+        _largest(report),
+        _passes(report),
+    ]
     return [table for table in found if table.rows]

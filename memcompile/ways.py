@@ -157,18 +157,26 @@ class Ways:
     @property
     def link(self) -> Link:
         """Seconds of both ways."""
-        return Link(self.away.busy + self.home.busy, self.away.stalled + self.home.stalled)
+        stalled = sum(self.away.stalls) + sum(self.home.stalls)
+        return Link(self.away.busy + self.home.busy, stalled)
 
     def stays(self) -> tuple[Stay, ...]:
         """Where each stay on the host begins and ends."""
-        landed = {
-            move.value: self.passed[min(bisect.bisect_right(self.ends, place), len(self.ends) - 1)]
-            for (move, _, _), place in zip(self.leaving, self.away.places, strict=True)
-        }
+        left = [move.value for move, _, _ in self.leaving]
+        places = [
+            min(bisect.bisect_right(self.ends, p), len(self.ends) - 1) for p in self.away.places
+        ]
+        landed = dict(zip(left, (self.passed[place] for place in places), strict=True))
+        waited = dict(zip(left, self.away.stalls, strict=True))
         return tuple(
-            Stay(move, hosted_bytes(self.step, move), landed[move.value], item)
-            for (move, _), item in zip(self.coming, self.items, strict=True)
-        )
+            Stay(
+                move, hosted_bytes(self.step, move), landed[move.value], item,
+                waited[move.value] + stalled,
+            )
+            for (move, _), item, stalled in zip(
+                self.coming, self.items, self.home.stalls, strict=True
+            )
+        )  # fmt: skip
 
 
 def _waits(move: Proposal) -> bool:

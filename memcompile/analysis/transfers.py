@@ -42,7 +42,7 @@ class Schedule:
 
     places: tuple[int, ...]
     busy: float = 0.0  #: seconds that the link copies
-    stalled: float = 0.0  #: seconds that the kernels wait for it
+    stalls: tuple[float, ...] = ()  #: seconds that the kernels wait for each
 
 
 def out(copies: Sequence[Copy], seconds: Sequence[float], rate: float) -> Schedule:
@@ -59,7 +59,8 @@ def out(copies: Sequence[Copy], seconds: Sequence[float], rate: float) -> Schedu
     places = [len(seconds) - 1] * len(copies)
     ends: dict[int, float] = {}
     queue: deque[int] = deque()
-    clock = free = stalled = 0.0
+    stalls = [0.0] * len(copies)
+    clock = free = 0.0
     for place, spent in enumerate(seconds):
         clock += spent
         for number in begins.get(place, ()):
@@ -68,12 +69,11 @@ def out(copies: Sequence[Copy], seconds: Sequence[float], rate: float) -> Schedu
         due = [n for n in queue if copies[n].waits and copies[n].until <= place]
         if place == len(seconds) - 1:
             due = list(queue)
-        if due:  # one behind another is over after it
-            stalled += max(0.0, ends[due[-1]] - clock)
-            clock = max(clock, ends[due[-1]])
+        for number in list(queue)[: list(queue).index(due[-1]) + 1] if due else ():
+            clock = _wait(number, ends, clock, stalls)  # one is over after those before it
         while queue and ends[queue[0]] <= clock:
             places[queue.popleft()] = place
-    return Schedule(tuple(places), _busy(copies, rate), stalled)
+    return Schedule(tuple(places), _busy(copies, rate), tuple(stalls))
 
 
 def back(copies: Sequence[Copy], seconds: Sequence[float], rate: float) -> Schedule:
@@ -90,28 +90,34 @@ def back(copies: Sequence[Copy], seconds: Sequence[float], rate: float) -> Sched
             continue
         next_begins = min(starts[copy.at], next_begins) - _lasts(copy, rate)
         places[number] = min(copy.at, max(0, bisect.bisect_right(starts, next_begins) - 1))
-    return stalls(copies, places, seconds, rate)
+    return begun(copies, places, seconds, rate)
 
 
-def stalls(
+def begun(
     copies: Sequence[Copy], places: Sequence[int], seconds: Sequence[float], rate: float
 ) -> Schedule:
-    """The seconds of copies from the host that begin at ``places``."""
+    """Seconds of copies from the host that begin at ``places``; arguments as for :func:`back`."""
     begins: dict[int, list[int]] = {}
     reads: dict[int, list[int]] = {}
     for number, copy in enumerate(copies):
         begins.setdefault(places[number], []).append(number)
         reads.setdefault(copy.at, []).append(number)
     ends: dict[int, float] = {}
-    clock = free = stalled = 0.0
+    stalls = [0.0] * len(copies)
+    clock = free = 0.0
     for place, spent in enumerate(seconds):
         for number in begins.get(place, ()):
             free = ends[number] = max(free, clock) + _lasts(copies[number], rate)
         for number in reads.get(place, ()):
-            stalled += max(0.0, ends[number] - clock)
-            clock = max(clock, ends[number])
+            clock = _wait(number, ends, clock, stalls)
         clock += spent
-    return Schedule(tuple(places), _busy(copies, rate), stalled)
+    return Schedule(tuple(places), _busy(copies, rate), tuple(stalls))
+
+
+def _wait(number: int, ends: dict[int, float], clock: float, stalls: list[float]) -> float:
+    """The time when the kernels go on; what they wait for is noted."""
+    stalls[number] += max(0.0, ends[number] - clock)
+    return max(clock, ends[number])
 
 
 def _lasts(copy: Copy, rate: float) -> float:
