@@ -200,7 +200,6 @@ def rebuild(
     decode: Callable[..., torch.Tensor],
     encode: Callable[[torch.Tensor], torch.Tensor | tuple[torch.Tensor, ...]] | None = None,
     reads: tuple[fx.Node, ...] = (),
-    host: Host | None = None,
 ) -> Rebuild:
     """Trace two plain functions into a :class:`Rebuild` for ``value``.
 
@@ -210,7 +209,6 @@ def rebuild(
             where its strides are others, the value's own are given to it.
         encode: ``encode(tensor) -> tensor or tuple``, what is stored; ``None`` stores nothing.
         reads: other values of the step that ``decode`` needs.
-        host: keeps what is stored in the host's memory.
 
     Raises:
         PassError: when ``decode`` gives back another shape or dtype.
@@ -236,7 +234,20 @@ def rebuild(
         traced_decode = _trace(
             lambda *args: (_laid_out(decode(*args), original),), mode, *stored, *others
         )
-    return Rebuild(traced_decode, traced_encode, tuple(reads), host)
+    return Rebuild(traced_decode, traced_encode, tuple(reads))
+
+
+def on_host(value: fx.Node, host: Host) -> Rebuild:
+    """How late readers get back a value that is stored as it is, on the host."""
+
+    def same() -> fx.GraphModule:
+        graph = fx.Graph()
+        stored = graph.placeholder("stored")
+        stored.meta["val"] = value.meta["val"]
+        graph.output((stored,))
+        return fx.GraphModule({}, graph)
+
+    return Rebuild(same(), same(), host=host)
 
 
 def _laid_out(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

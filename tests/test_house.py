@@ -97,6 +97,7 @@ def test_private_torch_is_seen(source: str, found: bool) -> None:
         "memcompile._torch.modes",
         "memcompile._torch.pieces",
         "memcompile._torch.packing",
+        "memcompile._torch.transfers",
     ],
 )
 def test_everything_behind_the_door_is_there(room: str) -> None:

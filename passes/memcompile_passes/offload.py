@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from memcompile.contract import Context, Host, Proposal, Proposer, rebuild
+from memcompile.contract import Context, Host, Proposal, Proposer, on_host
 from memcompile.step import Step, hint, must_save
 
 #: What a move is called, by whether the kernels wait for its copies.
@@ -51,9 +51,10 @@ class Offload(Proposer):
             free = able(step)
             for value in step.early_values():
                 if value in free and step.bytes(value) >= self.least and on_device(value, step):
+                    how = on_host(value, Host(self.host))
                     for waits, name in NAMES.items():
-                        how = rebuild(value, same, same, host=Host(self.host, waits))
-                        yield Proposal(value, name, how)
+                        there = dataclasses.replace(how, host=Host(self.host, waits))
+                        yield Proposal(value, name, there)
 
     def upon(self, offered: Sequence[Proposal], step: Step, context: Context) -> Iterable[Proposal]:
         """What codecs store, stored on the host."""
@@ -108,8 +109,3 @@ def on_device(node: fx.Node, step: Step) -> bool:
             return False
         expected *= size
     return tensor.device == step.device
-
-
-def same(tensor: torch.Tensor) -> torch.Tensor:
-    """What is stored as it is."""
-    return tensor
