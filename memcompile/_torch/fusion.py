@@ -110,7 +110,9 @@ def _delays(scheduler: Any, one: Any, two: Any) -> bool:
     early, late = (one, two) if one.min_order <= two.min_order else (two, one)
     for name in late.ancestors - early.ancestors:
         node = scheduler.name_to_node.get(name)
-        if node is not None and node.is_extern() and node.min_order > early.min_order:
+        if node is None or not node.is_extern() or _copies(node):
+            continue
+        if node.min_order > early.min_order:
             return True
     return False
 

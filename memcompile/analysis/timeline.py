@@ -113,7 +113,7 @@ def materialise(ops: Sequence[Op]) -> Real:
         calls = 0
         for i in touched:
             calls |= awaits[i]
-            if called[i]:
+            if called[i] and not ops[i].moves:
                 calls |= 1 << i
         awaits[j] = calls
         real[j] = (
