@@ -103,10 +103,11 @@ class Compiler:
             floor = plain.floor.plan
             ladder = self._with_loops(planner, floor, loops, budget, plain, _fewer_drafts)
             chosen = self._search(step, ladder, first, budget, plain)
+        after = chosen.drafted
         explained = explain(
             step=step,
             before=ground,
-            after=chosen.drafted,
+            after=after,
             after_step=chosen.step,
             loops=self._loops(chosen),
             proposals=proposals,
@@ -115,6 +116,7 @@ class Compiler:
             lowered=chosen.peak,
             floor=ladder.floor.peak if ladder else None,
             split=chosen.split,
+            ways=lambda value: planner.ways(value, ground if chosen.step is not step else after),
         )
         explained.planning_seconds = time.perf_counter() - started
         self._settle(step, chosen, budget)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import fx
 
@@ -18,6 +18,9 @@ from memcompile.step import Step, is_loop, source_line, tensors
 from memcompile.symbolic import peak_expression
 
 LARGEST = 10
+
+#: The moves that were offered for a value, and the seconds that each is likely to cost.
+Ways = Callable[[fx.Node], tuple[tuple[str, float], ...]]
 
 
 @dataclasses.dataclass
@@ -62,8 +65,12 @@ def explain(
     lowered: int,
     floor: int | None,
     split: Split | None,
+    ways: Ways = lambda value: (),
 ) -> Explained:
-    """Collect everything a report says of one graph."""
+    """Collect everything a report says of one graph.
+
+    ``ways`` gives the moves that were offered for a value, with the seconds of each.
+    """
     return Explained(
         before=step.input_bytes(),
         budget=budget,
@@ -76,7 +83,7 @@ def explain(
         step_seconds=before.seconds,
         peak_expression=str(peak_expression(after_step, after)) if step.dynamic else "",
         symbols={str(symbol): value for symbol, value in step.symbols().items()},
-        moves=tuple(_moves(step, before, after, proposals)),
+        moves=tuple(_moves(step, before, after, proposals, ways)),
         loops=_placed(loops, after_step),
         stays=tuple(_stays(after)),
         host=after.hosted,
@@ -135,7 +142,7 @@ def _text(module: fx.GraphModule) -> str:
 
 
 def _moves(
-    step: Step, before: Drafted, after: Drafted, proposals: Sequence[Proposal]
+    step: Step, before: Drafted, after: Drafted, proposals: Sequence[Proposal], ways: Ways
 ) -> list[MoveRow]:
     """Values stored before and not after are moved; the other way round they are kept."""
     owner = {p.value.name: (p.by, p.how) for p in reversed(proposals) if p.rebuild is None}
@@ -156,7 +163,8 @@ def _moves(
         if node.name not in there:
             how = "loop"
         seconds = per_copy.get(node.name, 0.0)
-        rows.append(MoveRow(by, node.name, how, source_line(node), step.bytes(node), seconds))
+        row = MoveRow(by, node.name, how, source_line(node), step.bytes(node), seconds)
+        rows.append(dataclasses.replace(row, offered=ways(node)))
     for node in after.saved:
         if node.name not in was and step.bytes(node):
             gain = -per_copy.get(node.name, 0.0)

@@ -58,6 +58,9 @@ class Planner:
     ) -> None:
         self.draft, self.ground, self.bound = draft, ground, bound
         self.proposals = proposals
+        self.offered: dict[fx.Node, list[Proposal]] = {}
+        for proposal in proposals:
+            self.offered.setdefault(proposal.value, []).append(proposal)
         self.limit = draft_limit(len(draft.step.nodes))
         self.again: dict[fx.Node, None] = {}
         self.others: dict[fx.Node, list[Proposal]] = {}
@@ -248,6 +251,24 @@ class Planner:
 
     # -- options --------------------------------------------------------------------
 
+    def ways(self, value: fx.Node, now: Drafted) -> tuple[tuple[str, float], ...]:
+        """The moves offered for a value, with the seconds each is likely to cost in a draft."""
+        found = {}
+        stored, copies = (frozenset(nodes) - {value} for nodes in (now.saved, now.copies))
+        for move in self.offered.get(value, ()):
+            if move.rebuild is None:
+                seconds = self._chain_seconds(value, stored, copies)
+            else:
+                seconds = self._rebuilt_seconds(now, move)
+            found[move.how] = seconds
+        return tuple(found.items())
+
+    def _rebuilt_seconds(self, now: Drafted, move: Proposal) -> float:
+        """Seconds to encode and decode a value, and of copies that kernels do not hide."""
+        step, rates = self.draft.step, self.draft.rates
+        coded = 4 * self.draft.info[move.value].bytes / rates.memory
+        return coded + copy_seconds(step, rates, now, move)
+
     def _drops(self, now: Drafted, every: bool = False) -> list[_Drop]:
         """Ways to free a value stored at the peak, best bytes a second first."""
         stored, copies = frozenset(now.saved), frozenset(now.copies)
@@ -266,8 +287,7 @@ class Planner:
             for other in self.others.get(value, ()):
                 kept = kept_bytes(self.draft.step, other)
                 if kept < size and other is not move:
-                    seconds = 4 * self.draft.info[value].bytes / self.draft.rates.memory
-                    seconds += copy_seconds(self.draft.step, self.draft.rates, now, other)
+                    seconds = self._rebuilt_seconds(now, other)
                     options.append(_Drop(value, other, size - kept, seconds))
         order = self.draft.step.order
         options.sort(key=lambda o: (-o.bytes / (o.seconds + 1e-9), order[o.value]))

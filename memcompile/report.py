@@ -38,6 +38,7 @@ class MoveRow:
     source: str
     bytes: int  #: bytes the value would have kept from forward to backward
     seconds: float  #: predicted seconds added to the step (negative: saved)
+    offered: tuple[tuple[str, float], ...] = ()  #: the ways there were, and likely seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +154,10 @@ class Report:
         """Read what :meth:`to_json` wrote. Raises ``ValueError`` on anything else."""
         try:
             data: dict[str, Any] = json.loads(text)
-            data["moves"] = tuple(MoveRow(**row) for row in data["moves"])
+            data["moves"] = tuple(
+                MoveRow(**{**row, "offered": tuple((h, s) for h, s in row["offered"])})
+                for row in data["moves"]
+            )
             data["loops"] = tuple(
                 LoopRow(**{**row, "at": tuple(row["at"])}) for row in data["loops"]
             )

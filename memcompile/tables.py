@@ -125,6 +125,21 @@ def _biggest(moves: Sequence[MoveRow]) -> Table:
     return Table(title, columns, rows, columns[3:5])
 
 
+def _offered(moves: Sequence[MoveRow]) -> Table:
+    """For the biggest moves what was taken, and what the other ways were likely to cost."""
+    chosen = sorted((m for m in moves if len(m.offered) > 1), key=lambda move: -move.bytes)
+    rows = tuple(
+        (
+            move.value,
+            move.how,
+            ", ".join(change(cost) for how, cost in move.offered if how == move.how),
+            ", ".join(f"{how} {change(cost)}" for how, cost in move.offered if how != move.how),
+        )
+        for move in chosen[:BIGGEST]
+    )
+    return Table("Why", ("value", "taken", "it costs about", "the others"), rows)
+
+
 def _stays(report: Report) -> Table:
     """What lies on the host, and between which nodes it is away."""
     rows = tuple(
@@ -209,11 +224,6 @@ def tables(report: Report) -> list[Table]:
     grouped = _groups(report.moves)
     if len(grouped.rows) < len(report.moves):
         found.append(grouped)
-    found += [
-        _stays(report),
-        _loops(report),
-        _biggest(report.moves),
-        _largest(report),
-        _passes(report),
-    ]
+    found += [_stays(report), _loops(report), _biggest(report.moves), _offered(report.moves)]
+    found += [_largest(report), _passes(report)]
     return [table for table in found if table.rows]

@@ -66,7 +66,7 @@ def copy_seconds(step: Step, rates: Rates, now: Drafted, move: Proposal) -> floa
         return 0.0
     both = size / rates.to_host + size / rates.from_host
     idle = 0.0 if move.rebuild.host.waits else max(0.0, now.seconds - now.link.busy)
-    return 8 * rates.launch + max(0.0, both - idle)
+    return 4 * rates.launch + max(0.0, both - idle)
 
 
 class Ways:

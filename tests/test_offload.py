@@ -521,6 +521,17 @@ def test_the_report_says_what_lies_on_the_host(subject: Callable[[str], Captured
     assert found.held_after == found.before + on_device
 
 
+def test_the_report_says_why(subject: Callable[[str], Captured]) -> None:
+    """Of each value the ways there were, and what each was likely to cost."""
+    planned = plan(subject("dropout"), "min", [Recompute(), Compress(codecs="bits"), SMALL])
+    rows = {move.value: move for move in planned.outcome.explained.moves if move.how != "keep"}
+    assert rows and all(row.how in dict(row.offered) for row in rows.values())
+    ways = dict(next(row for row in rows.values() if "bits" in dict(row.offered)).offered)
+    assert {"recompute", "bits", "host", "host, waited for"} <= set(ways)
+    assert ways["host, waited for"] > ways["host"] and all(cost >= 0 for cost in ways.values())
+    assert "Why" in str(report(planned))
+
+
 def test_moments_add_up_with_copies(subject: Callable[[str], Captured]) -> None:
     found = report(plan(subject("mlp"), "min", [SMALL]))
     assert max(point.bytes for point in found.timeline_after) == found.predicted

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from memcompile.contract import Context, Host, Proposal, Proposer, on_host
-from memcompile.step import Step, hint, must_save
+from memcompile.step import Step, hint, is_loop, must_save
 
 #: What a move is called, by whether the kernels wait for its copies.
 NAMES = {False: "host", True: "host, waited for"}
@@ -86,14 +86,16 @@ def refusal(step: Step, context: Context) -> str | None:
 def able(step: Step) -> frozenset[fx.Node]:
     """Early values that nobody writes to, as far as the graph tells, and that may go.
 
-    What the forward returns is alive anyway. An op without a schema may write to what it reads.
+    What the forward returns is alive anyway. An op without a schema may write to what it reads; a
+    loop writes to the buffers that it carries.
     """
     stay = {step.roots[output] for output in step.node_outputs()}
     for node in step.nodes:
         schema = getattr(node.target, "_schema", None)
         silent = schema is None and node.target is not operator.getitem
         if node.op == "call_function" and (silent or (schema and schema.is_mutable)):
-            stay.update(step.roots[read] for read in node.all_input_nodes)
+            written = node.args[2] if is_loop(node) else node.all_input_nodes
+            stay.update(step.roots[read] for read in written if isinstance(read, fx.Node))
     return frozenset(v for v in step.early_values() if v not in stay and not must_save(v))
 
 
