@@ -28,7 +28,14 @@ from memcompile.cuts import narrow_cuts
 from memcompile.draft import Draft
 from memcompile.ladder import Ladder, Rung
 from memcompile.plan import Drafted, Plan
-from memcompile.ways import copy_seconds, freed_bytes, kept_bytes, marks, pinned_bytes
+from memcompile.ways import (
+    copy_seconds,
+    freed_bytes,
+    has_room,
+    kept_bytes,
+    marks,
+    pinned_bytes,
+)
 
 #: Rungs a walk aims for, and drafts in all, by the size of the step.
 STEPS = 40
@@ -231,23 +238,22 @@ class Planner:
 
     def _without(self, plan: Plan, drops: Iterable[_Drop]) -> Plan:
         """The plan with values dropped; what the host has no room for stays as it is."""
-        kept, rebuilt = set(plan.kept), dict(plan.rebuilt)
-        pinned = {v: pinned_bytes(self.draft.step, move) for v, move in rebuilt.items()}
+        kept, rebuilt, pinned = set(plan.kept), dict(plan.rebuilt), self._pinned(plan)
         for drop in drops:
             other = drop.other
-            if other is not None and other.rebuild is not None and other.rebuild.host is not None:
-                size = pinned_bytes(self.draft.step, other)
-                taken = sum(pinned.values()) - pinned.get(drop.value, 0)
-                if taken + size > other.rebuild.host.limit:
-                    continue
-                pinned[drop.value] = size
-            else:
-                pinned.pop(drop.value, None)
+            if other is not None and not has_room(self.draft.step, pinned, other):
+                continue
             kept.discard(drop.value)
             rebuilt.pop(drop.value, None)
+            pinned.pop(drop.value, None)
             if other is not None:
                 rebuilt[drop.value] = other
+                pinned[drop.value] = pinned_bytes(self.draft.step, other)
         return Plan(frozenset(kept), rebuilt)
+
+    def _pinned(self, plan: Plan) -> dict[fx.Node, int]:
+        """Bytes of the host's memory that each move of a plan takes."""
+        return {v: pinned_bytes(self.draft.step, move) for v, move in plan.rebuilt.items()}
 
     # -- options --------------------------------------------------------------------
 
@@ -275,7 +281,7 @@ class Planner:
         at_peak = self._stored_at_peak(now)
         if every:
             at_peak = stored.union(now.stored, (stay.move.value for stay in now.stays))
-        options = []
+        options, pinned = [], self._pinned(now.plan)
         for value in (*now.saved, *now.plan.rebuilt):
             move = now.plan.rebuilt.get(value)  # what is encoded may take less still
             size = freed_bytes(self.draft.step, move) if move else self.draft.info[value].bytes
@@ -286,7 +292,7 @@ class Planner:
                 options.append(_Drop(value, None, size, seconds))
             for other in self.others.get(value, ()):
                 kept = kept_bytes(self.draft.step, other)
-                if kept < size and other is not move:
+                if kept < size and other is not move and has_room(self.draft.step, pinned, other):
                     seconds = self._rebuilt_seconds(now, other)
                     options.append(_Drop(value, other, size - kept, seconds))
         order = self.draft.step.order

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import fx
@@ -31,6 +31,15 @@ def pinned_bytes(step: Step, move: Proposal) -> int:
     if how is None or how.host is None:
         return 0
     return sum(1 << max(0, step.bytes(node) - 1).bit_length() for node in how.stored)
+
+
+def has_room(step: Step, pinned: Mapping[fx.Node, int], move: Proposal) -> bool:
+    """Whether the host has room for what a move stores, beside what other values' moves do."""
+    how = move.rebuild
+    if how is None or how.host is None:
+        return True
+    taken = sum(pinned.values()) - pinned.get(move.value, 0)
+    return taken + pinned_bytes(step, move) <= how.host.limit
 
 
 def marks(move: Proposal) -> list[fx.Node]:
