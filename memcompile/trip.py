@@ -92,7 +92,7 @@ def cost(step: Step, region: Region, part: Part, run: Trips, rates: Rates) -> Lo
 
 
 def _copied(region: Region, part: Part, node: fx.Node) -> bool:
-    """Whether a view copies its part of what the loop reads: with others before it, rows are apart."""
+    """Whether a view copies its part of what the loop reads: there rows are apart."""
     if node not in region.reads or op_kinds.op_name(node) not in VIEWS:
         return False
     merged = isinstance(region.places[node], Merged)

@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_map_only
 from memcompile.analysis.flow import rules_for
 from memcompile.analysis.merged import VIEWS
 from memcompile.analysis.ops import op_name
-
 from memcompile.analysis.rules import Flow, Merged, Place, dim_of, is_sliced, tensor_args
 from memcompile.body import SHAPE_AT, trips
 
