@@ -166,9 +166,6 @@ def hold(made: Call, flow: Flow, whole: list[Any]) -> None:
 def places(made: Call, most: int = 130) -> Iterator[tuple[Place, ...]]:
     """Every way to slice the arguments, or where those are many one argument at a time."""
     options = [[None, *range(value.dim())] for value in made.arguments]
-    for at, value in enumerate(made.arguments):
-        for place in merged(value):
-            yield tuple(place if at == other else None for other in range(len(options)))
     if math.prod(map(len, options)) <= most:
         yield from itertools.product(*options)
         return
@@ -177,17 +174,11 @@ def places(made: Call, most: int = 130) -> Iterator[tuple[Place, ...]]:
             yield tuple(dim if at == other else None for other in range(len(options)))
 
 
-def merged(value: torch.Tensor) -> Iterator[Merged]:
-    """Every way to slice a tensor along what stands behind others in a dimension."""
-    for dim, size in enumerate(value.shape):
-        yield from (Merged(dim, n) for n in range(2, size // 2 + 1) if size % n == 0)
-
-
 def flows(made: Call, most: int = 130) -> Iterator[tuple[tuple[Place, ...], Flow]]:
     """The flow for every way to slice that has one, asked as a region of each length would."""
     for given in places(made, most):
         pairs = zip(made.arguments, given, strict=True)
-        lengths = {length_of(v, p) for v, p in pairs if p is not None}
+        lengths = {v.shape[p] for v, p in pairs if p is not None}
         if not lengths or min(lengths) < 2:
             continue
         seeds = [2 * max(lengths), *(d for n in lengths for d in range(2, n + 1) if n % d == 0)]
@@ -210,8 +201,29 @@ def audit(made: Call, most: int = 130) -> dict[str, str]:
         (*at,) = [n for n, p in enumerate(given) if p is not None]
         if len(at) == 1:
             name = f"{'abcdefgh'[at[0]]}{named(given[at[0]])}"
-            if name not in found or "*" not in named(given[at[0]]) + named(flow.outputs[0]):
-                found[name] = ",".join(map(named, flow.outputs))
+            found[name] = ",".join(map(named, flow.outputs))
+    return found
+
+
+def audit_merged(made: Call) -> dict[str, str]:
+    """Check every flow of what stands behind others in a dimension of one argument.
+
+    ``{"a2*0": "2*1"}``: the first argument sliced along dimension 0, where that is two of what
+    is sliced, leaves its output sliced along dimension 1 in the same way.
+    """
+    whole = made.run(made.arguments, None)
+    found: dict[str, str] = {}
+    for at, value in enumerate(made.arguments):
+        for dim, size in enumerate(value.shape):
+            for outer in (n for n in range(2, size // 2 + 1) if size % n == 0):
+                given = tuple(
+                    Merged(dim, outer) if k == at else None for k in range(len(made.arguments))
+                )
+                flow = rules_for(size // outer).given(made.node, given)
+                if flow is not None:
+                    hold(made, flow, whole)
+                    name = f"{'abcdefgh'[at]}{named(given[at])}"
+                    found[name] = ",".join(map(named, flow.outputs))
     return found
 
 
