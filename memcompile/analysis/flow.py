@@ -159,7 +159,7 @@ class Rules:
         if name not in AUDITED or any(tensors(n) for n in _nodes(node.kwargs)):
             return None
         args = fx.node.map_arg(node.args, lambda n: n.meta["val"])
-        found = propagate(node.target, args, node.kwargs, places, self.parts)
+        found = propagate(node.target, args, node.kwargs, [*map(dim_of, places)], self.parts)
         if found is None:
             return None
         inputs, outputs = found

@@ -46,6 +46,10 @@ class Op:
     reshaped: tuple[int, ...] = ()  #: those of ``inputs`` that are read in another shape
     moved: tuple[int, ...] = ()  #: those read in another order than the result is written in
     breaks: frozenset[int] = frozenset()  #: between which dimensions its loops are not merged
+    over: tuple[
+        int, ...
+    ] = ()  #: those of ``inputs`` whose place a loop writes in, if they die there
+    row: int = -1  #: of loops and what they give: those of one region have one
 
 
 #: Inductor's defaults (``config.realize_reads_threshold`` and
@@ -260,6 +264,7 @@ def simulate(
             if place != j:
                 dies_into.setdefault(place, []).append(j)
     live = [0] * n
+    given_back = 0
     waiting = 0  # bytes the present call has done with
     largest = max((op.bytes for j, op in enumerate(ops) if real.real[j]), default=0)
     for j, op in enumerate(ops):
@@ -275,8 +280,17 @@ def simulate(
                 ops[i].bytes == op.bytes and i not in summed and i not in real.moved[j]
                 for i in dies_into.get(j, ())
             )
+            for i in op.over:  # what a loop writes over it has, in memory, all along
+                if last[i] < n and ops[last[i]].row == op.row >= 0 and ops[i].kind != Kind.SOURCE:
+                    if op.kind == Kind.PART:
+                        current -= op.bytes
+                        freed[last[i]] -= op.bytes
+                    else:
+                        current -= ops[i].bytes
+                        given_back += ops[i].bytes
             current += op.bytes
             live[j] = (current - op.bytes if reuse else current) + op.work
+            current, given_back = current + given_back, 0
             if reuse:
                 current -= op.bytes
                 freed[j] -= op.bytes
