@@ -19,11 +19,7 @@ from torch import fx
 from memcompile import _torch
 from memcompile.analysis.rules import is_sliced
 from memcompile.region import Part, Region
-from memcompile.step import Step, is_loop, is_view
-
-#: What is noted on a loop: by number of an output the input that it may be written over.
-OVER = "over"
-
+from memcompile.step import GROUP, OVER, Step, is_loop, is_view
 
 # -- what may be written over -----------------------------------------------------------------
 
@@ -137,9 +133,8 @@ class _Overwriting:
                 user
                 for user in output.users
                 if is_loop(user)
-                and user.meta.get("row") == self.loop.meta.get("row")
+                and user.meta.get(GROUP) == self.loop.meta[GROUP]
                 and user.args[2][self.number + 1] is output
-                and OVER in user.meta
                 and self._value(user) is value
             ]
         return loops

@@ -49,7 +49,7 @@ class Op:
     over: tuple[
         int, ...
     ] = ()  #: those of ``inputs`` whose place a loop writes in, if they die there
-    row: int = -1  #: of loops and what they give: those of one region have one
+    group: str = ""  #: of loops that fill the same buffers, and of what they give
 
 
 #: Inductor's defaults (``config.realize_reads_threshold`` and
@@ -192,6 +192,7 @@ class Timeline:
     real: Real
     live: list[int]
     last: list[int]  #: place of the last op that needs each op's memory
+    over: dict[int, int]  #: for some loops: bytes of what they read that they write over
 
     @property
     def peak(self) -> int:
@@ -264,7 +265,7 @@ def simulate(
             if place != j:
                 dies_into.setdefault(place, []).append(j)
     live = [0] * n
-    given_back = 0
+    over: dict[int, int] = {}
     waiting = 0  # bytes the present call has done with
     largest = max((op.bytes for j, op in enumerate(ops) if real.real[j]), default=0)
     for j, op in enumerate(ops):
@@ -280,17 +281,16 @@ def simulate(
                 ops[i].bytes == op.bytes and i not in summed and i not in real.moved[j]
                 for i in dies_into.get(j, ())
             )
-            for i in op.over:  # what a loop writes over it has, in memory, all along
-                if last[i] < n and ops[last[i]].row == op.row >= 0 and ops[i].kind != Kind.SOURCE:
-                    if op.kind == Kind.PART:
-                        current -= op.bytes
-                        freed[last[i]] -= op.bytes
-                    else:
-                        current -= ops[i].bytes
-                        given_back += ops[i].bytes
+            if op.over:
+                dying = _written_over(ops, last, op)
+                over[j] = sum(ops[i].bytes for i in dying)
+                if op.kind == Kind.PART and dying:  # its memory is that of what dies
+                    current -= op.bytes
+                    freed[last[dying[0]]] -= op.bytes
             current += op.bytes
             live[j] = (current - op.bytes if reuse else current) + op.work
-            current, given_back = current + given_back, 0
+            if op.kind != Kind.PART:
+                live[j] -= over.get(j, 0)
             if reuse:
                 current -= op.bytes
                 freed[j] -= op.bytes
@@ -299,7 +299,13 @@ def simulate(
         waiting += freed[j]
         if alone or waiting >= HELD * largest:
             current, waiting = current - waiting, 0
-    return Timeline(ops, real, live, last)
+    return Timeline(ops, real, live, last, over)
+
+
+def _written_over(ops: Sequence[Op], last: list[int], op: Op) -> list[int]:
+    """What a loop writes over: of what it may, that which nothing else reads later."""
+    ends = {i: last[i] for i in op.over if ops[i].kind != Kind.SOURCE and last[i] < len(ops)}
+    return [i for i, end in ends.items() if ops[end].group == op.group]
 
 
 def _last_needs(ops: Sequence[Op], real: Real) -> list[int]:
