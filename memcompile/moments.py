@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 from torch import fx
 
 from memcompile.analysis.ops import classify
+from memcompile.analysis.timeline import Kind
 from memcompile.draft import Draft
 from memcompile.info import Info
 from memcompile.plan import Drafted
@@ -43,7 +44,7 @@ def large_at_peak(draft: Draft, drafted: Drafted, moments: int) -> Iterator[fx.N
         nodes = [n for n in alive if n in order and n.op == "call_function" and alive[n]]
         nodes.sort(key=lambda n: (-alive[n], n in kept, -classify(n), -_made_of(info[n]), order[n]))
         nodes = nodes[:WIDEST]
-        nodes += [n for n in _read_by_loops(draft, nodes, kept) if n not in nodes]
+        nodes += [n for n in _ahead(draft, nodes, kept) if n not in nodes]
         new = [n for n in nodes if n not in given]
         if new:
             yield from new
@@ -58,14 +59,18 @@ def _made_of(info: Info) -> int:
     return sum(node.op == "call_function" for node in info.inputs)
 
 
-def _read_by_loops(draft: Draft, nodes: list[fx.Node], kept: Collection[fx.Node]) -> list[fx.Node]:
-    """What loops read whole and is of the order of ``nodes``, which it is made of."""
-    roots, found = draft.step.roots, []
+def _ahead(draft: Draft, nodes: list[fx.Node], kept: Collection[fx.Node]) -> list[fx.Node]:
+    """What ``nodes`` are being made into, of their order, that loops read whole.
+
+    With no backward, whose values show them, products of two such values too.
+    """
+    roots, found, whole = draft.step.roots, [], not draft.step.sides.late
     for node in nodes:
         least, stack = draft.step.bytes(node) // 2, [node]
         for each in stack:  # grows
             readers = [u for v in _views(each) for u in v.users]
-            if each is not node and any(is_loop(u) for u in readers):
+            turn = any(is_loop(u) for u in readers) or (whole and _is_product(draft, each, least))
+            if each is not node and turn:
                 found.append(each)
                 break
             if each in kept or len(stack) > AHEAD:
@@ -74,6 +79,12 @@ def _read_by_loops(draft: Draft, nodes: list[fx.Node], kept: Collection[fx.Node]
             new = (roots[u] for u in larger if draft.step.bytes(roots[u]) >= least)
             stack += [u for u in dict.fromkeys(new) if u not in stack]
     return list(dict.fromkeys(found))
+
+
+def _is_product(draft: Draft, node: fx.Node, least: int) -> bool:
+    """Whether a library call makes the node of two values of ``least`` bytes or more."""
+    large = [i for i in draft.info[node].inputs if draft.info[i].bytes >= least]
+    return classify(node) == Kind.EXTERN and len(large) > 1
 
 
 def _views(node: fx.Node) -> list[fx.Node]:
