@@ -25,6 +25,9 @@ from memcompile.region import Region
 from memcompile.regroup import Regrouped
 from memcompile.step import Step, is_loop, is_view, tensors
 
+#: How many large values there may be between what is small and a value made of it.
+NEAR = 8
+
 
 def find(
     step: Step, seed: fx.Node, dim: int, kept: Collection[fx.Node]
@@ -90,9 +93,10 @@ def _start(
     step: Step, seed: fx.Node, dim: int, kept: Collection[fx.Node]
 ) -> tuple[fx.Node, int] | None:
     """An early value to grow from: the seed, or what a late seed reads a slice of."""
-    if not _is_turn(step, seed):
-        return None
-    if seed in step.sides.early:
+    early = seed in step.sides.early
+    if not _is_turn(step, seed) and (step.sides.late or not _is_widened(step, seed, kept)):
+        return None  # with a backward, outer products are regions by themselves
+    if early:
         return None if step.roots[seed] in kept else (seed, dim)
     twin = step.numbered(seed)
     length = tensors(twin)[0].shape[dim] if tensors(twin) else None
@@ -115,6 +119,19 @@ def _is_turn(step: Step, node: fx.Node) -> bool:
     large = {step.roots[a] for a in node.all_input_nodes if step.bytes(step.roots[a]) >= size}
     inner = [root for root in large if root.op == "call_function"]
     return classify(node) == Kind.EXTERN and len(inner) > 1
+
+
+def _is_widened(step: Step, node: fx.Node, kept: Collection[fx.Node]) -> bool:
+    """Whether an early value is made of what is small alone: an outer product, and what follows."""
+    size, stack, seen = LARGE * step.bytes(node), [node], {node}
+    while stack:
+        large = {step.roots[a] for a in stack.pop().all_input_nodes} - seen
+        large = {root for root in large if step.bytes(root) >= size}
+        if any(r.op != "call_function" or r in kept for r in large) or len(seen) > NEAR:
+            return False
+        seen |= large
+        stack.extend(large)
+    return True
 
 
 def _views(node: fx.Node) -> list[fx.Node]:

@@ -16,7 +16,8 @@ from torch import fx
 from memcompile._torch.draws import draw_part
 from memcompile._torch.symbols import size_of
 from memcompile.analysis import ops as op_kinds
-from memcompile.analysis.rules import Place
+from memcompile.analysis.merged import VIEWS
+from memcompile.analysis.rules import DRAWS, Merged, Place, dim_of, is_sliced
 from memcompile.lengths import ratio
 from memcompile.region import Part, Region
 from memcompile.step import hint, tensors
@@ -25,9 +26,6 @@ aten = torch.ops.aten
 
 #: Which argument of an op is the shape of what it returns.
 SHAPE_AT = {"view": 1, "_unsafe_view": 1, "reshape": 1, "expand": 1, "full": 0}
-
-#: Random draws: of one seed in every trip, each trip its own part of the whole.
-DRAWS = frozenset({"inductor_random", "inductor_randint"})
 
 #: Products that can be added to a buffer in place, by their name.
 ADDED_IN_PLACE = {"mm": aten.addmm_.default, "bmm": aten.baddbmm_.default}
@@ -97,26 +95,33 @@ class Body:
         self.run_ = dataclasses.replace(
             run, start=self._size(run.start), count=self._size(run.count), size=self._size(run.size)
         )
-        whole = dict(zip(self.inputs, given, strict=False))
-        slices = {
-            (node, place): self._slice(value, place)
-            for node, value in whole.items()
-            for place in self.part.inputs[node]
-        }
+        self.whole = dict(zip(self.inputs, given, strict=False))
+        self.slices: dict[tuple[fx.Node, Place], torch.Tensor] = {}
         env: dict[fx.Node, Any] = {}
         whole_of = dict(zip(self.part.outputs, buffers, strict=True))
         for node in self.part.nodes:
             buffer, place = whole_of.get(node), self.region.places[node]
             if buffer is not None and adds_in_place(node, place):
-                self._compute(node, env, slices, into=buffer)
+                self._compute(node, env, into=buffer)
                 continue
-            env[node] = self._compute(node, env, slices)
+            env[node] = self._compute(node, env)
             if buffer is not None:
                 self._store(buffer, place, env[node])
         return (aten.add.Tensor(counter, 1), *buffers)
 
+    def _read(self, node: fx.Node, place: Place) -> torch.Tensor:
+        """This trip's part of what the loop is given, once."""
+        if (node, place) not in self.slices:
+            part = self._slice(self.whole[node], place)
+            if isinstance(place, Merged):  # no view, where others stand before it
+                part = aten.reshape.default(part, self._local(self.whole[node], place))
+            self.slices[node, place] = part
+        return self.slices[node, place]
+
     def _slice(self, value: torch.Tensor, place: Place) -> torch.Tensor:
-        """This trip's part of a tensor, as a view."""
+        """This trip's part of a tensor, as a view; what stands before it a dimension of its own."""
+        if isinstance(place, Merged):
+            value, place = self._turns_apart(value, place)
         if not isinstance(place, int):
             return value
         run = self.run_
@@ -131,6 +136,15 @@ class Body:
         parts = [*shape[:place], count, size, *shape[place + 1 :]]
         return aten.select.int(aten.view.default(value, parts), place, self.at)
 
+    def _turns_apart(self, value: torch.Tensor, place: Merged) -> tuple[torch.Tensor, int]:
+        """What is sliced, made a dimension of its own; and which."""
+        shape, dim = [self._size(each) for each in value.shape], place.dim
+        if isinstance(value.shape[dim], int):
+            outer, rest = place.outer, value.shape[dim] // place.outer
+        else:  # sliced by itself there
+            outer, rest = self._unit(value, dim), self._size(self.region.size)
+        return aten.view.default(value, [*shape[:dim], outer, rest, *shape[dim + 1 :]]), dim + 1
+
     def _size(self, size: Any) -> Any:
         return size_of(self.sizes, size)
 
@@ -142,7 +156,6 @@ class Body:
         self,
         node: fx.Node,
         env: dict[fx.Node, Any],
-        slices: dict[Any, Any],
         into: torch.Tensor | None = None,
     ) -> Any:
         """The node's value for this trip; a product added to ``into`` where that is given."""
@@ -156,7 +169,7 @@ class Body:
             place = next(places)
             if argument in env:
                 return env[argument]
-            return slices[argument, place] if argument in self.given else _made(argument)
+            return self._read(argument, place) if argument in self.given else _made(argument)
 
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), read)
         name = op_kinds.op_name(node)
@@ -169,18 +182,27 @@ class Body:
             args = (*args[:at], self._local_shape(node), *args[at + 1 :])
         if into is not None:
             return ADDED_IN_PLACE[name](into, *args)
+        if name in VIEWS and isinstance(self.region.places[node], Merged):
+            return aten.reshape.default(*args)  # a part's rows are not one after the other
         return node.target(*args, **kwargs)
 
     def _local_shape(self, node: fx.Node) -> list[Any]:
-        value, place = node.meta["val"], self.region.places[node]
+        return self._local(node.meta["val"], self.region.places[node])
+
+    def _local(self, value: torch.Tensor, place: Place) -> list[Any]:
+        """The shape of a trip's part."""
         shape = [self._size(size) for size in value.shape]
-        if isinstance(place, int):
-            shape[place] = self._unit(value, place) * self.run_.size
+        dim = dim_of(place)
+        if dim is not None:
+            shape[dim] = self._unit(value, dim) * self.run_.size
         return shape
 
     def _store(self, buffer: torch.Tensor, place: Place, value: torch.Tensor) -> None:
-        if isinstance(place, int):
-            aten.copy_.default(self._slice(buffer, place), value)
+        if is_sliced(place):
+            part = self._slice(buffer, place)
+            if isinstance(place, Merged):
+                value = aten.view.default(value, part.shape)
+            aten.copy_.default(part, value)
         elif place == "sum":
             aten.copy_.default(buffer, aten.add.Tensor(buffer, value))
         elif place == "max":

@@ -21,8 +21,8 @@ from torch import fx
 
 from memcompile.analysis.flow import Rules, rules_for
 from memcompile.analysis.ops import is_random
-from memcompile.analysis.rules import Flow, Place, tensor_args
-from memcompile.region import Part, Region, assemble, may_run_again, note
+from memcompile.analysis.rules import Flow, Place, is_sliced, tensor_args
+from memcompile.region import Part, Region, assemble, fits_readers, may_run_again, note
 from memcompile.step import Step
 
 #: Nodes that may be taken in.
@@ -120,7 +120,7 @@ class Border:
         for part in self._parts():
             for node, places in part.inputs.items():
                 (place, *more) = places
-                if not more and isinstance(place, int) and self._may_run_again(node):
+                if not more and is_sliced(place) and self._may_run_again(node):
                     yield from self._before(part, node, place)
             after, above = self._after(part), self._above(part)
             for value in part.outputs:
@@ -136,7 +136,7 @@ class Border:
             return False
         return may_run_again(step, node)
 
-    def _before(self, part: Part, node: fx.Node, place: int) -> Iterator[_Take]:
+    def _before(self, part: Part, node: fx.Node, place: Place) -> Iterator[_Take]:
         """A value that the part reads a slice of, made inside it."""
         target, output = node, 0
         if node.target is operator.getitem:
@@ -177,13 +177,13 @@ class Border:
         yield _Take(node, flow, False, brings - freed)
 
     def _agrees(self, node: fx.Node, flow: Flow) -> bool:
-        """Whether the node reads what the region has in it as the region has it."""
+        """Whether the node reads and is read as the region has what is in it."""
         for argument, place in zip(tensor_args(node), flow.inputs, strict=True):
             if argument in self.places and self.places[argument] != place:
                 return False
-            if isinstance(place, int) and not isinstance(argument.meta["val"], torch.Tensor):
+            if is_sliced(place) and not isinstance(argument.meta["val"], torch.Tensor):
                 return False
-        return True
+        return fits_readers(node, flow, self.reads)
 
     def _new_roots(self, node: fx.Node, known: set[fx.Node]) -> int:
         roots = {self.step.roots[a] for a in tensor_args(node) if a not in self.places}

@@ -288,7 +288,7 @@ def _side_points(side: str, line: Timeline, kinds: _Kinds, fixed: dict[str, int]
             largest = tuple((ops[i].node.name, ops[i].bytes) for i in top)
             live = {k: b for k, b in total.items() if b}
             if op.work:  # a loop's own
-                live["temporaries"] = live.get("temporaries", 0) + op.work
+                live["temporaries"] = live.get("temporaries", 0) + op.work - line.over.get(j, 0)
             _settle(live, line.live[j] - sum(live.values()), kind.get(j))
             points.append(Point(op.node.name, source_line(op.node), side, live, largest))
         for dead in dies[j]:

@@ -13,7 +13,7 @@ from memcompile.access import access
 from memcompile.analysis import ops as op_kinds
 from memcompile.analysis.cost import Rates, node_seconds
 from memcompile.analysis.timeline import Kind, Op
-from memcompile.step import Step, hint, is_reshaped, tensor_size, tensors
+from memcompile.step import GROUP, OVER, Step, hint, is_reshaped, tensor_size, tensors
 
 
 @dataclasses.dataclass(slots=True)
@@ -30,6 +30,8 @@ class Info:
     reshaped: frozenset[int] = frozenset()  #: places in ``inputs``
     moved: frozenset[int] = frozenset()  #: likewise
     breaks: frozenset[int] = frozenset()
+    over: tuple[int, ...] = ()  #: places in ``inputs`` of what a loop writes over, if it dies there
+    group: str = ""  #: of a loop and what it gives: whose buffers it fills
 
     def op(self, node: fx.Node, inputs: tuple[int, ...], keep: bool = False) -> Op:
         """The node's op, reading what stands at the places ``inputs``."""
@@ -39,6 +41,8 @@ class Info:
             reshaped=tuple([inputs[k] for k in self.reshaped]) if self.reshaped else (),
             moved=tuple([inputs[k] for k in self.moved]) if self.moved else (),
             breaks=self.breaks,
+            over=tuple([inputs[k] for k in self.over]) if self.over else (),
+            group=self.group,
         )  # fmt: skip
 
 
@@ -101,8 +105,11 @@ def read_node(step: Step, node: fx.Node, rates: Rates, fused: bool) -> Info:
     read = _read(node)
     inputs = _roots(step, read)
     loop = node.meta.get("loop")
+    over, group = _over(step, node, inputs)
     if loop is not None:
-        return Info(tuple(inputs), kind, 0, loop.seconds, False, False, loop.bytes)
+        return Info(
+            tuple(inputs), kind, 0, loop.seconds, False, False, loop.bytes, over=over, group=group
+        )
     straight = {roots[a] for a in read if not is_reshaped(a)}
     walk = access(node)
     moved = {roots[a] for a in walk.moved} | {roots[a] for a in read if _looped(roots[a])}
@@ -119,7 +126,23 @@ def read_node(step: Step, node: fx.Node, rates: Rates, fused: bool) -> Info:
         reshaped=frozenset(k for k, root in enumerate(inputs) if root not in straight),
         moved=frozenset(k for k, root in enumerate(inputs) if root in moved),
         breaks=walk.breaks,
+        over=over,
+        group=group,
     )
+
+
+def _over(step: Step, node: fx.Node, inputs: list[fx.Node]) -> tuple[tuple[int, ...], str]:
+    """Where in ``inputs`` stands what a loop, or one output of it, may be written over."""
+    loop = node.args[0] if node.target is operator.getitem else node
+    if not isinstance(loop, fx.Node) or "loop" not in loop.meta:
+        return (), ""
+    group, over, given = loop.meta[GROUP], loop.meta[OVER], loop.args[3]
+    if loop is not node:
+        number = node.args[1]
+        over = {n: at for n, at in over.items() if n + 1 == number}
+    values = [given[at] for at in over.values()]
+    own = (v for v in values if step.roots[v] is v and v.op == "call_function")
+    return tuple(inputs.index(v) for v in own), group
 
 
 def _looped(node: fx.Node) -> bool:

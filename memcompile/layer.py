@@ -11,13 +11,14 @@ from torch import fx
 
 from memcompile.analysis.flow import Rules
 from memcompile.analysis.ops import classify, is_random
-from memcompile.analysis.rules import Flow, Place, tensor_args
+from memcompile.analysis.rules import Flow, Place, is_sliced, tensor_args
 from memcompile.analysis.timeline import Kind
 from memcompile.region import (
     LARGEST,
     Region,
     assemble,
     elements,
+    fits_readers,
     lying_between,
     may_run_again,
     note,
@@ -50,7 +51,7 @@ class Layer:
         self.made: set[fx.Node] = set()  #: taken in for a reader's sake
         self.again: set[fx.Node] = set()
         self.given: set[fx.Node] = set()  #: roots of what is read
-        self.made_of_stops: dict[tuple[fx.Node, int], bool] = {}
+        self.made_of_stops: dict[tuple[fx.Node, Place], bool] = {}
 
     def grow(self, dim: int) -> bool:
         """Whether there is a region with the seed sliced along ``dim``."""
@@ -127,16 +128,16 @@ class Layer:
 
     def _around(self, node: fx.Node) -> None:
         for argument, place in zip(tensor_args(node), self.reads[node], strict=True):
-            if argument in self.places or not isinstance(place, int) or self._stops(argument):
+            if argument in self.places or not is_sliced(place) or self._stops(argument):
                 continue
             if self._is_large(argument) and self._is_near(argument):
                 self._make(argument, place)
-        if self._is_large(node) and isinstance(self.places[node], int) and not self._stops(node):
+        if self._is_large(node) and is_sliced(self.places[node]) and not self._stops(node):
             for user in node.users:
                 if user.op == "call_function" and self._is_near(user):
                     self._read(user)
 
-    def _make(self, node: fx.Node, place: int) -> bool:
+    def _make(self, node: fx.Node, place: Place) -> bool:
         """Take in a node by the slice of it that is wanted."""
         target, output = node, 0
         if node.target is operator.getitem:
@@ -152,7 +153,7 @@ class Layer:
         self.made.add(target)
         return self.places.get(node) == place
 
-    def _is_made_of_stops(self, node: fx.Node, place: int) -> bool:
+    def _is_made_of_stops(self, node: fx.Node, place: Place) -> bool:
         """Whether an early value's slice can be made of slices of what is saved or small.
 
         Else more would be read for its sake than it is itself.
@@ -174,7 +175,7 @@ class Layer:
             )
             if flow is not None:
                 self.made_of_stops[key] = all(
-                    self._is_made_of_stops(a, p) if isinstance(p, int) else not self._is_large(a)
+                    self._is_made_of_stops(a, p) if is_sliced(p) else not self._is_large(a)
                     for a, p in zip(tensor_args(target), flow.inputs, strict=True)
                 )
         return self.made_of_stops[key]
@@ -194,7 +195,7 @@ class Layer:
         pairs = zip(tensor_args(node), flow.inputs, strict=True)
         for argument, place in pairs:
             new = argument not in self.places and self.step.roots[argument] not in self.given
-            if new and isinstance(place, int) and not self._is_made_of_stops(argument, place):
+            if new and is_sliced(place) and not self._is_made_of_stops(argument, place):
                 return
         if self._agrees(node, flow):
             self._take(node, flow)
@@ -205,16 +206,7 @@ class Layer:
             seen = seen_from(self.step, self.places, node, argument)
             if argument in self.places and seen != place:
                 return False
-        if isinstance(node.meta["val"], (list, tuple)):
-            given = [(user, flow.outputs[user.args[1]]) for user in node.users]
-        else:
-            given = [(node, flow.outputs[0])]
-        for value, place in given:
-            for user in value.users:
-                read = zip(tensor_args(user), self.reads.get(user, ()), strict=False)
-                if any(a is value and p != place for a, p in read):
-                    return False
-        return True
+        return fits_readers(node, flow, self.reads)
 
     def _take(self, node: fx.Node, flow: Flow) -> None:
         note(node, flow, self.places, self.reads)

@@ -30,9 +30,10 @@ from memcompile.body import (
     given,
     trips,
 )
+from memcompile.inplace import overwritable
 from memcompile.lengths import size_expr
 from memcompile.region import Part, Region
-from memcompile.step import Step, hint, must_save
+from memcompile.step import GROUP, OVER, Step, hint, must_save
 from memcompile.trip import cost
 
 aten = torch.ops.aten
@@ -244,6 +245,8 @@ class Looped:
             torch.ops.higher_order.while_loop, (*functions, carried, tuple(read))
         )
         loop.meta["val"] = tuple(n.meta["val"] for n in carried)
+        loop.meta[GROUP] = part.outputs[0].name
+        loop.meta[OVER] = overwritable(self.step, self.region, part, inputs)
         loop.meta["loop"] = cost(self.step, self.region, part, run, self.rates)
         self.loops.append(loop)
         self._describe(loop, like)

@@ -16,20 +16,21 @@ from typing import Any
 from torch import fx
 
 from memcompile.alike import families
-from memcompile.analysis.ops import classify, is_random, op_name
+from memcompile.analysis.ops import is_random, op_name
+from memcompile.analysis.rules import Place
 from memcompile.contract import Loop
 from memcompile.cuts import narrow_cuts
 from memcompile.head import Form, forms
-from memcompile.info import Info
 from memcompile.ladder import SURE
+from memcompile.moments import large_at_peak
 from memcompile.plan import Plan
 from memcompile.planner import Planner
 from memcompile.report import LoopRow
 from memcompile.state import Anew, State, looped, recounted
 from memcompile.step import source_line
 
-#: Rounds, and values looked at in each.
-ROUNDS, WIDEST = 24, 4
+#: Rounds, at most.
+ROUNDS = 24
 #: What a round must lower the excess to, as a share of itself.
 ENOUGH = 0.95
 #: What a loop must take off where the floor is looked for, as a share of the first excess: one
@@ -67,6 +68,7 @@ class _Over:
     dim: int
     form: int  #: which of the forms of its region
     chunks: int
+    gives: tuple[Place, ...]  #: how what its forward gives is sliced
 
 
 #: Told of a loop that could not be written, and why.
@@ -186,7 +188,8 @@ class _Search:
         for loop in state.loops:
             if (loop.value.name, loop.dim, loop.chunks) == (over.value, over.dim, over.chunks):
                 found = self._forms(state, loop)[over.form : over.form + 1]
-                tried = [self._apply(state, form, over.form, loop) for form in found]
+                same = [form for form in found if _gives(form) == over.gives]
+                tried = [self._apply(state, form, over.form, loop) for form in same]
                 helped = [new for new in tried if new is not None]
                 return self._written(_chosen(state, state, aim, helped, self.start))
         return None
@@ -194,7 +197,7 @@ class _Search:
     def _round(self, state: State, aim: _Aim) -> tuple[_Over, State] | None:
         """The best loop over what is alive at the peak or, for the floor's sake, wherever helps."""
         last = aim.share <= DEEPEST.share  # the first form holds more than the others do
-        for value in _large_at_peak(state, HIGHEST if last else 1):
+        for value in large_at_peak(state.planner.draft, state.drafted, HIGHEST if last else 1):
             if (value.name, aim.share) in self.in_vain:
                 continue
             tried = []
@@ -205,7 +208,8 @@ class _Search:
             real = self._written(_chosen(state, state, aim, tried, self.start))
             if real is not None and real.last is not None:
                 loop = real.last.loop
-                return _Over(value.name, loop.dim, real.last.form, loop.chunks), real
+                form = self._forms(state, loop)[real.last.form]
+                return _Over(value.name, loop.dim, real.last.form, loop.chunks, _gives(form)), real
             self.in_vain.add((value.name, aim.share))
         return None
 
@@ -281,6 +285,12 @@ class _Search:
         return real
 
 
+def _gives(form: Form) -> tuple[Place, ...]:
+    """How what a region's forward gives is sliced: alike is what is so in the same way."""
+    region = form.region
+    return tuple(region.places[node] for node in region.early.outputs)
+
+
 def _chosen(
     state: State, start: State, aim: _Aim, tried: list[State], first: State | None = None
 ) -> State | None:
@@ -324,37 +334,3 @@ def _excess(state: State, start: State, share: float) -> int:
     line, drafted = _line(start, share), state.drafted
     moments = (*drafted.forward.live, *drafted.backward.live)
     return sum(live - line for live in moments if live > line)
-
-
-def _large_at_peak(state: State, moments: int) -> Iterator[fx.Node]:
-    """The largest computed values alive at the highest moments, the highest moment's first.
-
-    Of one moment the largest come first, of those products of several values; what is kept
-    anyway comes last.
-    """
-    drafted, given = state.drafted, set()
-    order, info = state.planner.draft.step.order, state.planner.draft.info
-    lines = (drafted.backward, drafted.forward)
-    places = [
-        (line.live[at], -number, -at)
-        for number, line in enumerate(lines)
-        for at in range(len(line.live))
-    ]
-    for _, number, at in sorted(places, reverse=True):
-        line = lines[-number]
-        alive = {line.ops[j].node: line.ops[j].bytes for j in line.alive(-at)}
-        nodes = [n for n in alive if n in order and n.op == "call_function" and alive[n]]
-        kept = drafted.plan.kept
-        nodes.sort(key=lambda n: (-alive[n], n in kept, -classify(n), -_made_of(info[n]), order[n]))
-        new = [n for n in nodes[:WIDEST] if n not in given]
-        if new:
-            yield from new
-            given.update(new)
-            moments -= 1
-        if not moments:
-            return
-
-
-def _made_of(info: Info) -> int:
-    """How many computed values a value is made of: a product of two says most of its layer."""
-    return sum(node.op == "call_function" for node in info.inputs)

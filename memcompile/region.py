@@ -17,7 +17,7 @@ from torch import fx
 
 from memcompile.analysis.flow import Rules, rules_for
 from memcompile.analysis.ops import is_random, runs_twice
-from memcompile.analysis.rules import Flow, Place, tensor_args
+from memcompile.analysis.rules import Flow, Merged, Place, dim_of, is_sliced, tensor_args
 from memcompile.lengths import ratio
 from memcompile.step import Step, hint, is_view, must_save, tensors, view_base
 
@@ -90,6 +90,20 @@ def note(
             reads[user] = tuple(places[node] for _ in tensor_args(user))
             taken.append(user)
     return taken
+
+
+def fits_readers(node: fx.Node, flow: Flow, reads: dict[fx.Node, tuple[Place, ...]]) -> bool:
+    """Whether what reads the node in the region reads it as the flow gives it."""
+    if isinstance(node.meta["val"], (list, tuple)):
+        given = [(user, flow.outputs[user.args[1]]) for user in node.users]
+    else:
+        given = [(node, flow.outputs[0])]
+    for value, place in given:
+        for user in value.users:
+            read = zip(tensor_args(user), reads.get(user, ()), strict=False)
+            if any(a is value and p != place for a, p in read):
+                return False
+    return True
 
 
 def seen_from(step: Step, places: dict[fx.Node, Place], reader: fx.Node, node: fx.Node) -> Place:
@@ -170,7 +184,7 @@ class _Growth:
             if argument in self.places:
                 if place != seen_from(self.step, self.places, node, argument):
                     return False
-            elif self._belongs(argument) and isinstance(place, int):
+            elif self._belongs(argument) and is_sliced(place):
                 if not self._make(argument, place):
                     return False
             elif self._is_large(argument) and argument.op == "call_function":
@@ -178,7 +192,7 @@ class _Growth:
         if not self._is_large(node):
             return True
         place = self.places[node]
-        if not isinstance(place, int):
+        if not is_sliced(place):
             return False
         return all(u.op == "output" or u in self.places or self._read(u) for u in node.users)
 
@@ -193,7 +207,7 @@ class _Growth:
         root = self.step.roots[node]
         return self._is_large(node) or self.step.bytes(node) > self.step.bytes(root)
 
-    def _make(self, node: fx.Node, place: int) -> bool:
+    def _make(self, node: fx.Node, place: Place) -> bool:
         """Take in a node by the slice of it that is wanted."""
         target, output = node, 0
         if node.target is operator.getitem:
@@ -280,17 +294,36 @@ def assemble(
 def _size(step: Step, places: dict[fx.Node, Place], reads: dict[fx.Node, tuple[Place, ...]]) -> Any:
     """Of the shortest sliced dimension; a longer one must hold it a whole number of times."""
     sizes: dict[int, dict[str, Any]] = {}
+    merged: dict[tuple[int, str], Any] = {}
     for node, given in reads.items():
         pairs = [*zip(tensor_args(node), given, strict=True), (node, places[node])]
         for value, place in pairs:
-            if isinstance(place, int) and isinstance(value.meta["val"], torch.Tensor):
-                number = step.numbered(value).meta["val"].shape[place]
-                size = value.meta["val"].shape[place]
+            dim = dim_of(place)
+            if dim is None or not isinstance(value.meta["val"], torch.Tensor):
+                continue
+            number = step.numbered(value).meta["val"].shape[dim]
+            size = value.meta["val"].shape[dim]
+            if isinstance(place, Merged):
+                merged[number // place.outer, str(size)] = size
+            else:
                 sizes.setdefault(number, {})[str(size)] = size
     least = min(sizes)
     (size, *_) = sizes[least].values()
     every = [each for same in sizes.values() for each in same.values()]
-    return None if least < 2 or any(ratio(each, size) is None for each in every) else size
+    if least < 2 or any(ratio(each, size) is None for each in (*every, *merged.values())):
+        return None
+    return (
+        size if all(_turns(number, each, least) for (number, _), each in merged.items()) else None
+    )
+
+
+def _turns(number: int, size: Any, least: int) -> bool:
+    """Whether what stands in a dimension behind others is cut evenly, and known how.
+
+    How many others there are is a number at one length alone: of a symbolic dimension it is
+    what is left where what is sliced stands there by itself.
+    """
+    return number % least == 0 if isinstance(size, int) else number == least
 
 
 def given_once(step: Step, found: Region) -> Region:

@@ -17,6 +17,7 @@ from torch import fx
 from memcompile import _torch
 from memcompile._torch import transfers
 from memcompile.contract import Proposal
+from memcompile.inplace import write_over
 from memcompile.plan import Drafted, Late
 from memcompile.step import Step
 
@@ -68,6 +69,8 @@ def split(step: Step, drafted: Drafted) -> Split:
     )
     part_distant_sums(backward.graph)
     backward.recompile()
+    for side in (forward, backward):
+        write_over(side)
     return Split(forward, backward)
 
 
@@ -104,7 +107,9 @@ def part_distant_sums(graph: fx.Graph) -> None:
 
 def rewrite_whole(step: Step, drafted: Drafted) -> fx.GraphModule:
     """The step as one graph, for steps that are not split: copies are made just in time."""
-    return _Writer(step, drafted).write_whole()
+    module = _Writer(step, drafted).write_whole()
+    write_over(module)
+    return module
 
 
 class _Writer:

@@ -106,6 +106,12 @@ def is_view(node: fx.Node) -> bool:
     return alias is not None and not alias.is_write and bool(node.args)
 
 
+#: Noted on a loop: by number of an output the input that it may be written over.
+OVER = "over"
+#: Noted on a loop: a name that those share which fill the same buffers.
+GROUP = "group"
+
+
 def is_loop(node: fx.Node) -> bool:
     """A loop over chunks; its last outputs own the buffers it writes into."""
     return node.target is torch.ops.higher_order.while_loop

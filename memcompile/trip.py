@@ -10,6 +10,8 @@ from torch import fx
 from memcompile.access import access
 from memcompile.analysis import ops as op_kinds
 from memcompile.analysis.cost import Rates, node_seconds
+from memcompile.analysis.merged import VIEWS
+from memcompile.analysis.rules import Merged, is_sliced
 from memcompile.analysis.timeline import Kind, Op, simulate
 from memcompile.body import Trips, adds_in_place, given
 from memcompile.lengths import size_expr
@@ -47,12 +49,12 @@ def cost(step: Step, region: Region, part: Part, run: Trips, rates: Rates) -> Lo
     ops: list[Op] = []
     written = set(part.outputs)
     for node in (*given(part), *part.nodes):
-        root = step.roots[node]
-        if root is not node and root in place:
+        root, copied = step.roots[node], _copied(region, part, node)
+        if root is not node and root in place and not copied:
             place[node] = place[root]
             continue
         inside = node in region.reads and node not in part.inputs
-        sliced = isinstance(region.places.get(node), int) or (
+        sliced = is_sliced(region.places.get(node)) or (
             not inside and None not in part.inputs.get(node, {None})
         )
         size = int(step.bytes(node) * (share if sliced else 1.0))
@@ -61,6 +63,9 @@ def cost(step: Step, region: Region, part: Part, run: Trips, rates: Rates) -> Lo
         place[node] = len(ops)
         if not inside:
             ops.append(Op(node, Kind.SOURCE, (), 0, owned=False, traffic=size))
+            if any(isinstance(p, Merged) for p in part.inputs.get(node, ())):
+                place[node] = len(ops)
+                ops.append(Op(node, Kind.POINTWISE, (len(ops) - 1,), size))
             continue
         reads = tuple(dict.fromkeys(place[a] for a in node.all_input_nodes if a in place))
         seconds = node_seconds(node, rates, materialised=False) * share
@@ -69,6 +74,7 @@ def cost(step: Step, region: Region, part: Part, run: Trips, rates: Rates) -> Lo
         if node in written and adds_in_place(node, region.places[node]):
             own, seconds = 0, max(seconds, 2 * size / rates.memory)
         name, kind = op_kinds.op_name(node), op_kinds.classify(node)
+        kind = Kind.POINTWISE if copied else kind
         heavy, drawn = name in op_kinds.HEAVY, name in op_kinds.DRAWN
         walk = access(node)
         moved = tuple(place[a] for a in walk.moved if a in place)
@@ -83,3 +89,11 @@ def cost(step: Step, region: Region, part: Part, run: Trips, rates: Rates) -> Lo
         written_to = sympy.Add(*(step.bytes_expr(n) for n in part.outputs))
         expression = written_to + bound(step, line, sizes.__getitem__)
     return LoopCost(buffers + line.peak, trip * hint(run.count), expression)
+
+
+def _copied(region: Region, part: Part, node: fx.Node) -> bool:
+    """Whether a view copies its part of what the loop reads: there rows are apart."""
+    if node not in region.reads or op_kinds.op_name(node) not in VIEWS:
+        return False
+    merged = isinstance(region.places[node], Merged)
+    return merged and any(a in part.inputs for a in node.all_input_nodes)

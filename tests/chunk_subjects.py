@@ -50,6 +50,38 @@ class Triangle(nn.Module):
         return z + self.out(mixed.reshape(z.shape) * self.gate(y).sigmoid())
 
 
+class Columns(nn.Module):
+    """Attention of the edges into each node over one another (algorithm 14), nothing transposed."""
+
+    def __init__(self, width: int = 4, heads: int = 2) -> None:
+        super().__init__()
+        self.heads, self.norm = heads, nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        length, _, width = z.shape
+        y = self.norm(z)
+        parts = self.qkv(y).view(length, length, 3, self.heads, width // self.heads)
+        q, k, v = parts.unbind(2)
+        scores = torch.einsum("qjhc,kjhc->jhqk", q, k)
+        mixed = torch.einsum("jhqk,kjhc->qjhc", scores.softmax(-1), v)
+        return z + self.out(mixed.reshape(z.shape))
+
+
+class Apart(nn.Module):
+    """Pairs held in one row after the other, and mixed within columns."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 6 * width), nn.Linear(6 * width, width)
+
+    def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        length, _, width = z.shape
+        flat = z.reshape(length * length, width).sin()
+        wide = self.up(flat).view(length, length, 6 * width).softmax(0)
+        return self.down(wide.view(length * length, 6 * width)), flat
+
+
 class TriangleProduct(nn.Module):
     """The edges of one node times those of another, summed over the third (algorithms 11, 12)."""
 
@@ -153,6 +185,7 @@ SUBJECTS: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]] 
     "attention, fixed input": (lambda: double(Attention), lambda: tensor(1, 37, 8, grad=False)),
     "triangle": (lambda: double(Triangle), lambda: tensor(16, 16, 4)),
     "triangle, prime": (lambda: double(Triangle), lambda: tensor(13, 13, 4)),
+    "columns, prime": (lambda: double(Columns), lambda: tensor(13, 13, 4)),
     "relu": (lambda: double(Transition, F.relu), lambda: tensor(37, 5, 4)),
     "gelu": (lambda: double(Transition, F.gelu), lambda: tensor(97, 4)),
     "silu, fixed input": (lambda: double(Transition, F.silu), lambda: tensor(48, 4, grad=False)),

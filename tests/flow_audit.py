@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from memcompile.analysis.flow import rules_for
+from memcompile.analysis.merged import VIEWS
 from memcompile.analysis.ops import op_name
-from memcompile.analysis.rules import Flow, Place, tensor_args
+from memcompile.analysis.rules import Flow, Merged, Place, dim_of, is_sliced, tensor_args
 from memcompile.body import SHAPE_AT, trips
 
 #: How far parts put together may be from the whole: another order of adding up.
@@ -38,13 +39,17 @@ class Call:
     def arguments(self) -> list[torch.Tensor]:
         return [self.real[n] for n in tensor_args(self.node)]
 
-    def run(self, arguments: Sequence[torch.Tensor], shape: Sequence[int] | None) -> list[Any]:
+    def run(
+        self, arguments: Sequence[torch.Tensor], shape: Sequence[int] | None, place: Place = None
+    ) -> list[Any]:
         """The op on other tensors; ``shape`` stands for the one among its arguments."""
         given = iter(arguments)
         args, kwargs = fx.node.map_arg((self.node.args, self.node.kwargs), lambda n: next(given))
         at = SHAPE_AT.get(op_name(self.node))
         if at is not None and shape is not None:
             args = (*args[:at], list(shape), *args[at + 1 :])
+        if op_name(self.node) in VIEWS and isinstance(place, Merged):
+            return [torch.ops.aten.reshape.default(*args)]  # as a loop's body does
         return as_list(self.node.target(*args, **kwargs))
 
 
@@ -78,7 +83,13 @@ def sizes(made: Call, flow: Flow) -> list[int]:
         *zip(made.arguments, flow.inputs, strict=True),
         *zip(values, flow.outputs, strict=True),
     ]
-    return [value.shape[place] for value, place in pairs if isinstance(place, int)]
+    return [length_of(value, place) for value, place in pairs if is_sliced(place)]
+
+
+def length_of(value: torch.Tensor, place: Place) -> int:
+    """Of what is sliced: of a dimension, or of what stands there behind others."""
+    outer = place.outer if isinstance(place, Merged) else 1
+    return value.shape[dim_of(place)] // outer
 
 
 def in_parts(made: Call, flow: Flow, length: int, chunks: int) -> list[list[Any]]:
@@ -94,13 +105,17 @@ def in_parts(made: Call, flow: Flow, length: int, chunks: int) -> list[list[Any]
             shape, place = None, flow.outputs[0]
             if isinstance(made.node.meta["val"], torch.Tensor):
                 shape = list(made.node.meta["val"].shape)
-                if isinstance(place, int):
-                    shape[place] = shape[place] // length * run.size
-            results.append(made.run(sliced, shape))
+                if (dim := dim_of(place)) is not None:
+                    shape[dim] = shape[dim] // length * run.size
+            results.append(made.run(sliced, shape, place))
     return results
 
 
 def part(value: torch.Tensor, place: Place, length: int, start: int, size: int) -> torch.Tensor:
+    """A trip's part; of what stands behind others in a dimension, a part of every turn."""
+    if isinstance(place, Merged):
+        apart = value.unflatten(place.dim, (place.outer, -1))
+        return part(apart, place.dim + 1, length, start, size).flatten(place.dim, place.dim + 1)
     if not isinstance(place, int):
         return value
     unit = value.shape[place] // length
@@ -109,6 +124,9 @@ def part(value: torch.Tensor, place: Place, length: int, start: int, size: int) 
 
 def together(parts: list[torch.Tensor], place: Place) -> torch.Tensor:
     """The parts of one output, put together as the flow says."""
+    if isinstance(place, Merged):
+        apart = [p.unflatten(place.dim, (place.outer, -1)) for p in parts]
+        return torch.cat(apart, place.dim + 1).flatten(place.dim, place.dim + 1)
     if isinstance(place, int):
         return torch.cat(parts, place)
     if place is None:
@@ -159,7 +177,8 @@ def places(made: Call, most: int = 130) -> Iterator[tuple[Place, ...]]:
 def flows(made: Call, most: int = 130) -> Iterator[tuple[tuple[Place, ...], Flow]]:
     """The flow for every way to slice that has one, asked as a region of each length would."""
     for given in places(made, most):
-        lengths = {v.shape[p] for v, p in zip(made.arguments, given, strict=True) if p is not None}
+        pairs = zip(made.arguments, given, strict=True)
+        lengths = {v.shape[p] for v, p in pairs if p is not None}
         if not lengths or min(lengths) < 2:
             continue
         seeds = [2 * max(lengths), *(d for n in lengths for d in range(2, n + 1) if n % d == 0)]
@@ -181,6 +200,35 @@ def audit(made: Call, most: int = 130) -> dict[str, str]:
         hold(made, flow, whole)
         (*at,) = [n for n, p in enumerate(given) if p is not None]
         if len(at) == 1:
-            name = f"{'abcdefgh'[at[0]]}{given[at[0]]}"
-            found[name] = ",".join("-" if p is None else str(p) for p in flow.outputs)
+            name = f"{'abcdefgh'[at[0]]}{named(given[at[0]])}"
+            found[name] = ",".join(map(named, flow.outputs))
     return found
+
+
+def audit_merged(made: Call) -> dict[str, str]:
+    """Check every flow of what stands behind others in a dimension of one argument.
+
+    ``{"a2*0": "2*1"}``: the first argument sliced along dimension 0, where that is two of what
+    is sliced, leaves its output sliced along dimension 1 in the same way.
+    """
+    whole = made.run(made.arguments, None)
+    found: dict[str, str] = {}
+    for at, value in enumerate(made.arguments):
+        for dim, size in enumerate(value.shape):
+            for outer in (n for n in range(2, size // 2 + 1) if size % n == 0):
+                given = tuple(
+                    Merged(dim, outer) if k == at else None for k in range(len(made.arguments))
+                )
+                flow = rules_for(size // outer).given(made.node, given)
+                if flow is not None:
+                    hold(made, flow, whole)
+                    name = f"{'abcdefgh'[at]}{named(given[at])}"
+                    found[name] = ",".join(map(named, flow.outputs))
+    return found
+
+
+def named(place: Place) -> str:
+    """A place in words: ``2*1`` is dimension 1, sliced behind one of length two."""
+    if isinstance(place, Merged):
+        return f"{place.outer}*{place.dim}"
+    return "-" if place is None else str(place)

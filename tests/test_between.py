@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from memcompile import Step, between
 from memcompile.analysis.cost import FIXED
+from memcompile.analysis.rules import Merged
 from memcompile.loop import Looped
 from memcompile.region import Region
 
@@ -45,24 +46,29 @@ def product_of(step: Step) -> fx.Node:
     return next(n for n in step.nodes if n.target is aten.bmm.default and len(n.users) > 0)
 
 
+#: The dimensions of the product: rows of its first factor, and of its second.
+DIMS = (1, 2)
+
+
 @functools.cache
-def found(kind: str, length: int) -> tuple[Step, Step, Region]:
+def found(kind: str, length: int, dim: int = 1) -> tuple[Step, Step, Region]:
     """The step, the one with its sums regrouped, and the region of its layer."""
     width = 4
     shapes = ((length, length, width), *((width, width),) * 4)
     step = joint(functools.partial(layer, SUMS[kind]), *shapes)
     seed = product_of(step)
-    other = between.find(step, seed, 1, stream_of(step))
+    other = between.find(step, seed, dim, stream_of(step))
     assert other is not None
     return step, *other
 
 
 @pytest.mark.parametrize("length", [12, 13])
+@pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("kind", SUMS)
-def test_loops_between_saved_values_compute_the_step(kind: str, length: int) -> None:
+def test_loops_between_saved_values_compute_the_step(kind: str, dim: int, length: int) -> None:
     torch.set_default_dtype(torch.float64)
     try:
-        step, other, region = found(kind, length)
+        step, other, region = found(kind, length, dim)
         primals, tangents = (
             [torch.randn(n.meta["val"].shape) for n in nodes]
             for nodes in (step.primals, step.tangents)
@@ -77,14 +83,26 @@ def test_loops_between_saved_values_compute_the_step(kind: str, length: int) -> 
         torch.set_default_dtype(torch.float32)
 
 
-def test_one_factor_is_read_whole_and_its_gradient_added_up() -> None:
-    _, step, region = found("outgoing", 12)
+@pytest.mark.parametrize(("kind", "dim"), [("outgoing", 1), ("incoming", 2)])
+def test_one_factor_is_read_whole_and_its_gradient_added_up(kind: str, dim: int) -> None:
+    """Of incoming edges a trip has some columns of the stream, and of all that is made of it."""
+    _, step, region = found(kind, 12, dim)
     assert region.late is not None
     pair = step.bytes(region.seed)
     whole = [n for n, p in region.early.inputs.items() if None in p and step.bytes(n) == pair]
     assert len(whole) == 1
     outputs = [region.places[n] for n in region.late.outputs if step.bytes(n) == pair]
     assert outputs.count("sum") == 1
+    stream, _ = stream_of(step)
+    assert region.early.inputs[stream] == {dim - 1}
+
+
+def test_a_linear_layer_of_columns_reads_them_behind_the_rows() -> None:
+    """Nothing of the layer is left outside for being viewed as one row after the other."""
+    _, _, region = found("incoming", 12, 2)
+    products = [n for n in region.early.nodes if n.target is aten.mm.default]
+    assert len(products) >= 3
+    assert {region.places[n] for n in products} == {Merged(0, 12)}
 
 
 def test_no_layer_is_grown_past_what_is_saved() -> None:

@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from flow_audit import audit, call, flows, hold
+from flow_audit import audit, audit_merged, call, flows, hold
 from flow_cases import CASES, f
 from hypothesis import given, settings, strategies as st
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from memcompile.analysis.flow import AUDITED, rules_for
-from memcompile.analysis.rules import FACTORIES, OWN, Flow
+from memcompile.analysis.merged import VIEWS
+from memcompile.analysis.ops import op_name
+from memcompile.analysis.rules import FACTORIES, OWN, Flow, Merged
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -33,6 +35,19 @@ def test_an_op_in_parts_is_the_op(name: str) -> None:
     case = CASES[name]
     found = audit(call(case.op, *case.args, **case.more))
     assert case.expected.items() <= found.items()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_sliced_behind_others_passes_as_its_dimension_does(name: str) -> None:
+    """A dimension that is two of what is sliced: of every op the parts make the whole."""
+    case = CASES[name]
+    made = call(case.op, *case.args, **case.more)
+    found = audit_merged(made)
+    for argument, plain in case.expected.items() if op_name(made.node) not in VIEWS else ():
+        size = made.arguments["abc".index(argument[0])].shape[int(argument[1:])]
+        for outer in (n for n in range(2, size // 2 + 1) if size % n == 0):
+            outputs = found[f"{argument[0]}{outer}*{argument[1:]}"]
+            assert outputs.replace(f"{outer}*", "") == plain
 
 
 LOW = [n for n, case in CASES.items() if case.asked and not n.startswith(("_fft", "view as"))]
@@ -188,6 +203,60 @@ def test_views_split_and_merge_dimensions(both: tuple[list[int], list[int]]) -> 
     found = audit(call(aten.view.default, f(*before), after))
     if before == after:
         assert found == {f"a{d}": str(d) for d, n in enumerate(before) if n > 1}
+
+
+@settings(max_examples=60)
+@given(views())
+def test_what_views_merge_behind_others_they_give_back(both: tuple[list[int], list[int]]) -> None:
+    before, after = both
+    audit_merged(call(aten.view.default, f(*before), after))
+    made, back = (
+        call(aten.view.default, f(*shape), list(other))
+        for shape, other in ((before, after), (after, before))
+    )
+    for dim, length in enumerate(before):
+        there = rules_for(length).given(made.node, [dim]) if length > 1 else None
+        if there is not None and isinstance(there.outputs[0], Merged):
+            hold(made, there, made.run(made.arguments, None))
+            assert rules_for(length).given(back.node, there.outputs) == Flow(there.outputs, (dim,))
+            assert rules_for(length).giving(back.node, 0, dim) == Flow(there.outputs, (dim,))
+
+
+def test_the_rows_of_some_columns_pass_a_product() -> None:
+    """A linear layer over pairs: what a chunk of columns is behind the rows comes out so."""
+    merge = call(aten.view.default, f(2, 3, 5, 4), [30, 4])
+    split = call(aten.view.default, f(30, 7), [2, 3, 5, 7])
+    columns = Merged(0, 6)
+    assert rules_for(5).given(merge.node, [2]) == Flow((2,), (columns,))
+    product = call(aten.mm.default, f(30, 4), f(4, 7))
+    assert rules_for(5).given(product.node, [columns, None]) == Flow((columns, None), (columns,))
+    assert rules_for(5).given(split.node, [columns]) == Flow((columns,), (2,))
+    weights = call(aten.mm.default, f(4, 30), f(30, 7))
+    added = Flow((Merged(1, 6), columns), ("sum",))
+    assert rules_for(5).given(weights.node, [None, columns]) == added
+    assert audit_merged(weights).items() >= {"a6*1": "sum", "b6*0": "sum"}.items()
+
+
+def test_two_of_what_is_sliced_and_three_of_it_do_not_meet() -> None:
+    made = call(aten.add.Tensor, f(12, 5), f(12, 5))
+    assert rules_for(2).given(made.node, [Merged(0, 6), Merged(0, 6)]) is not None
+    assert rules_for(2).given(made.node, [Merged(0, 6), Merged(0, 3)]) is None
+    assert rules_for(2).given(made.node, [Merged(0, 6), 0]) is None
+    assert rules_for(2).given(call(aten.add.Tensor, f(12), f(1)).node, [Merged(0, 6), 0]) is None
+
+
+def test_a_view_that_cuts_through_what_is_sliced_stops_the_flow() -> None:
+    made = call(aten.view.default, f(6, 5), [10, 3])
+    assert rules_for(5).given(made.node, [1]) is None
+    assert rules_for(3).given(made.node, [Merged(0, 2)]) is None
+
+
+def test_no_draw_is_made_in_parts_that_stand_apart() -> None:
+    """Its elements go by their place in the whole: a trip would have to know many starts."""
+    for draw in DRAWN.values():
+        assert rules_for(3).giving(draw([6, 5], torch.tensor(3)).node, 0, Merged(0, 2)) is None
+    constant = call(aten.full.default, [6, 5], 1.0)
+    assert rules_for(3).giving(constant.node, 0, Merged(0, 2)) == Flow((), (Merged(0, 2),))
 
 
 @few

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from chunk_subjects import Attention, OuterProductMean, Triangle, Words, double, words
+from chunk_subjects import Apart, Attention, OuterProductMean, Triangle, Words, double, words
 from helpers import assert_same, expected, memopt, observe, planned, short_planning, tensor
 from torch import nn
 from torch.nn import functional as F
@@ -22,6 +22,7 @@ from memcompile.step import tensors
 SUBJECTS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]]] = {
     "attention": (lambda: double(Attention), lambda n: tensor(2, n, 8)),
     "triangle": (lambda: double(Triangle), lambda n: tensor(n, n, 4)),
+    "rows apart": (lambda: double(Apart), lambda n: tensor(n, n, 4)),
     "outer product": (lambda: double(OuterProductMean), lambda n: tensor(3, n, 6)),
     "tied words": (lambda: double(Words, True), words),
 }

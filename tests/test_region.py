@@ -12,7 +12,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from memcompile import Step, region
 from memcompile._torch import select_decomp_table
+from memcompile.analysis.cost import FIXED
+from memcompile.analysis.rules import Merged
 from memcompile.body import trips
+from memcompile.loop import Looped
 
 
 def joint(forward: Callable[..., torch.Tensor], *shapes: tuple[int, ...]) -> Step:
@@ -100,6 +103,35 @@ def test_a_draw_from_a_seed_runs_in_both_loops_and_its_seed_outside() -> None:
     for part in (found.early, found.late):
         assert draw in part.nodes
         assert all(part.inputs[a] == {None} for a in draw.all_input_nodes)
+
+
+@pytest.mark.parametrize("chunks", [2, 3, 10])
+def test_rows_that_stand_apart_are_read_and_written_where_they_stand(chunks: int) -> None:
+    """Of a pair tensor in one row after the other a loop over columns has some of each row."""
+
+    def forward(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        wide = (x.sin() @ up).view(12, 10, 24).softmax(0)
+        return wide.view(120, 24) @ down
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        step = joint(forward, (120, 3), (3, 24), (24, 3))
+        primals, tangents = (
+            [torch.randn(n.meta["val"].shape) for n in nodes]
+            for nodes in (step.primals, step.tangents)
+        )
+        found = region.find(step, named(step, "div"), 1)
+        assert found is not None and found.late is not None
+        columns = Merged(0, 12)
+        for part in (found.early, found.late):
+            assert any(columns in places for places in part.inputs.values())
+            assert any(found.places[node] == columns for node in part.outputs)
+        got = Looped(step, found, chunks, FIXED).write()(*primals, *tangents)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(got, step.module(primals, tangents), strict=True):
+        assert other.abs().max() > 0
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
 # ---------------------------------------------------------------- trips

@@ -4,6 +4,10 @@ A chunk is a shard in time: DTensor's rules say which inputs of an op must be sl
 its output to be, and when the parts must be added up (Partial). What DTensor has no rule
 for, and Inductor's joint graphs hold, is added in ``rules.py`` by name. An op without a rule
 stops the flow.
+
+A dimension may be sliced behind others that it is merged with (``merged.py``): what a view
+does to it is computed from the shapes; of every other op the rule for the whole dimension
+holds, since none that is asked goes by where in its dimension an element stands.
 """
 
 from __future__ import annotations
@@ -19,8 +23,18 @@ from torch import fx
 
 from memcompile import _torch
 from memcompile._torch.loops import propagate
+from memcompile.analysis.merged import VIEWS, lifted, relocated
 from memcompile.analysis.ops import is_random, op_name
-from memcompile.analysis.rules import FACTORIES, OWN, Flow, Place, tensor_args
+from memcompile.analysis.rules import (
+    DRAWS,
+    FACTORIES,
+    OWN,
+    Flow,
+    Merged,
+    Place,
+    dim_of,
+    tensor_args,
+)
 from memcompile.step import tensors
 
 BOOLEAN = frozenset({"any", "all"})
@@ -50,8 +64,29 @@ class Rules:
             self._answers[key] = self._ask(node, places)
         return self._answers[key]
 
-    def giving(self, node: fx.Node, output: int, dim: int) -> Flow | None:
-        """A flow through ``node`` that leaves its output number ``output`` sliced along ``dim``."""
+    def giving(self, node: fx.Node, output: int, place: Place) -> Flow | None:
+        """A flow through ``node`` that leaves its output number ``output`` sliced as ``place``."""
+        if isinstance(place, int):
+            flow = self._giving(node, output, place)
+            if flow is not None:
+                return flow
+        if op_name(node) in VIEWS:
+            return self._viewing(node, place)
+        if not isinstance(place, Merged) or output >= len(tensors(node)):
+            return None
+        flow = self._giving(node, output, place.dim)
+        return self._lifted(node, flow, place, tensors(node)[output])
+
+    def _viewing(self, node: fx.Node, place: Place) -> Flow | None:
+        """The flow through a view that leaves it sliced as ``place``."""
+        if not _static(node) or not tensors(node):
+            return None
+        (argument,), (value,) = tensor_args(node), tensors(node)
+        source = relocated(value.shape, place, tensors(argument)[0].shape, self.parts)
+        flow = self.given(node, [source]) if source is not None else None
+        return flow if flow is not None and flow.outputs == (place,) else None
+
+    def _giving(self, node: fx.Node, output: int, dim: int) -> Flow | None:
         arguments = tensor_args(node)
         nothing: list[Place] = [None] * len(arguments)
         if op_name(node) in FACTORIES:
@@ -74,12 +109,57 @@ class Rules:
         if is_random(node) or not isinstance(node.target, _torch.OpOverload):
             return None
         name = op_name(node)
+        if name in VIEWS:
+            return self._viewed(node, places)
+        if any(isinstance(p, Merged) for p in places):
+            return self._merged(node, places)
         if name in OWN:
             return OWN[name](node, places)
+        return self._propagated(node, places)
+
+    def _viewed(self, node: fx.Node, places: tuple[Place, ...]) -> Flow | None:
+        """Through a view: as DTensor says or, behind what is merged with it, by the shapes."""
+        flow = None if isinstance(places[0], Merged) else self._propagated(node, places)
+        if flow is not None or places == (None,):
+            return flow
+        (argument,), (value,) = tensor_args(node), tensors(node)
+        before = tensors(argument)[0].shape
+        found = relocated(before, places[0], value.shape, self.parts)
+        if found is None or not (isinstance(places[0], Merged) or isinstance(found, Merged)):
+            return None
+        return Flow(places, (found,))
+
+    def _merged(self, node: fx.Node, places: tuple[Place, ...]) -> Flow | None:
+        """As the rule for whole dimensions says: it holds for any part of their elements."""
+        if any(isinstance(p, int) for p in places):
+            return None
+        place, value = next(
+            (place, tensors(argument)[0])
+            for place, argument in zip(places, tensor_args(node), strict=True)
+            if isinstance(place, Merged)
+        )
+        whole = self.given(node, [dim_of(p) for p in places])
+        flow = self._lifted(node, whole, place, value)
+        if flow is None:
+            return None
+        agree = all(p in (None, q) for p, q in zip(places, flow.inputs, strict=True))
+        return flow if agree else None
+
+    def _lifted(
+        self, node: fx.Node, flow: Flow | None, place: Merged, value: torch.Tensor
+    ) -> Flow | None:
+        """The flow of whole dimensions for the part that ``place`` is of a dimension."""
+        if flow is None or op_name(node) in DRAWS:
+            return None
+        return lifted(node, flow, place.outer, value.shape[place.dim])
+
+    def _propagated(self, node: fx.Node, places: tuple[Place, ...]) -> Flow | None:
+        """The flow that DTensor's rules say."""
+        name = op_name(node)
         if name not in AUDITED or any(tensors(n) for n in _nodes(node.kwargs)):
             return None
         args = fx.node.map_arg(node.args, lambda n: n.meta["val"])
-        found = propagate(node.target, args, node.kwargs, places, self.parts)
+        found = propagate(node.target, args, node.kwargs, [*map(dim_of, places)], self.parts)
         if found is None:
             return None
         inputs, outputs = found

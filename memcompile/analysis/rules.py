@@ -13,8 +13,30 @@ from torch import fx
 
 from memcompile.step import tensors
 
-#: A dimension (sliced), ``None`` (whole), or "sum", "max", "min" (carried by the loop).
-Place = int | str | None
+
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """What is sliced stands behind others in one dimension: (outer, sliced) flattened."""
+
+    dim: int
+    outer: int  #: how many whole turns of what is sliced the dimension holds; more than one
+
+
+#: A dimension (sliced), a part of one (likewise), ``None`` (whole), or "sum", "max", "min"
+#: (carried by the loop).
+Place = int | Merged | str | None
+
+
+def dim_of(place: Place) -> int | None:
+    """The dimension of a sliced tensor that is cut; ``None`` of one that is not sliced."""
+    if isinstance(place, Merged):
+        return place.dim
+    return place if isinstance(place, int) else None
+
+
+def is_sliced(place: Place) -> bool:
+    """Whether a trip reads or makes a part of the tensor."""
+    return dim_of(place) is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +57,10 @@ def tensor_args(node: fx.Node) -> list[fx.Node]:
 #: Make a tensor along any dimension of which any part can be made alone: of one number,
 #: or of a seed and each element's place.
 FACTORIES = frozenset({"full", "inductor_random", "inductor_randint"})
+
+
+#: Go by where in the whole an element stands.
+DRAWS = frozenset({"inductor_random", "inductor_randint"})
 
 
 def _factory(node: fx.Node, places: tuple[Place, ...]) -> Flow:

@@ -47,6 +47,10 @@ class Op:
     moved: tuple[int, ...] = ()  #: those read in another order than the result is written in
     breaks: frozenset[int] = frozenset()  #: between which dimensions its loops are not merged
     moves: int = 0  #: bytes that it begins to copy between host and device, beside other work
+    over: tuple[
+        int, ...
+    ] = ()  #: those of ``inputs`` whose place a loop writes in, if they die there
+    group: str = ""  #: of loops that fill the same buffers, and of what they give
 
 
 #: Inductor's defaults (``config.realize_reads_threshold`` and
@@ -190,6 +194,7 @@ class Timeline:
     live: list[int]
     last: list[int]  #: place of the last op that needs each op's memory
     since: Mapping[int, int]  #: for some ops: where their memory is taken, before they run
+    over: dict[int, int]  #: for some loops: bytes of what they read that they write over
 
     @property
     def peak(self) -> int:
@@ -293,6 +298,7 @@ def simulate(
     for j, place in since.items():
         taken[place] = taken.get(place, 0) + ops[j].bytes
     live = [0] * n
+    over: dict[int, int] = {}
     waiting = 0  # bytes the present call has done with
     largest = max((op.bytes for j, op in enumerate(ops) if real.real[j]), default=0)
     for j, op in enumerate(ops):
@@ -309,8 +315,16 @@ def simulate(
                 ops[i].bytes == op.bytes and i not in summed and i not in real.moved[j]
                 for i in dies_into.get(j, ())
             )
+            if op.over:
+                dying = [i for i in _written_over(ops, last, op) if i not in longer]
+                over[j] = sum(ops[i].bytes for i in dying)
+                if op.kind == Kind.PART and dying:  # its memory is that of what dies
+                    current -= op.bytes
+                    freed[last[dying[0]]] -= op.bytes
             current += op.bytes
             live[j] = (current - op.bytes if reuse else current) + op.work
+            if op.kind != Kind.PART:
+                live[j] -= over.get(j, 0)
             if reuse:
                 current -= op.bytes
                 freed[j] -= op.bytes
@@ -319,7 +333,13 @@ def simulate(
         waiting += freed[j]
         if alone or waiting >= HELD * largest:
             current, waiting = current - waiting, 0
-    return Timeline(ops, real, live, last, since)
+    return Timeline(ops, real, live, last, since, over)
+
+
+def _written_over(ops: Sequence[Op], last: list[int], op: Op) -> list[int]:
+    """What a loop writes over: of what it may, that which nothing else reads later."""
+    ends = {i: last[i] for i in op.over if ops[i].kind != Kind.SOURCE and last[i] < len(ops)}
+    return [i for i, end in ends.items() if ops[end].group == op.group]
 
 
 def last_needs(ops: Sequence[Op], real: Real) -> list[int]:
