@@ -150,8 +150,14 @@ class _Search:
             yield self.rounds(SHALLOW)[0]
             yield self.rounds(_fitting(self.start, room))[0]
         deepest, taken = self.rounds(_deep_enough(self.start, room))
-        yield deepest
-        yield self.eased(taken, deepest.planner.ladder.floor.peak)
+        floor = deepest.planner.ladder.floor.peak
+        if room is None:
+            yield deepest
+            yield self.eased(taken, floor)
+        else:  # as few chunks as fit come before more of them
+            enough = self.start.planner.draft.before + int(SURE * room)
+            yield self.eased(taken, max(floor, enough))
+            yield deepest
 
     def eased(self, taken: list[_Over], peak: int) -> State:
         """The same loops with as few chunks as leave no more than ``peak`` bytes."""

@@ -18,6 +18,7 @@ from memcompile import _torch
 from memcompile._torch import transfers
 from memcompile.contract import Proposal
 from memcompile.inplace import write_over
+from memcompile.layout import lay_out
 from memcompile.plan import Drafted, Late
 from memcompile.step import Step
 
@@ -71,6 +72,7 @@ def split(step: Step, drafted: Drafted) -> Split:
     backward.recompile()
     for side in (forward, backward):
         write_over(side)
+        lay_out(side)
     return Split(forward, backward)
 
 
@@ -109,6 +111,7 @@ def rewrite_whole(step: Step, drafted: Drafted) -> fx.GraphModule:
     """The step as one graph, for steps that are not split: copies are made just in time."""
     module = _Writer(step, drafted).write_whole()
     write_over(module)
+    lay_out(module)
     return module
 
 
