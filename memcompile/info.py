@@ -112,7 +112,7 @@ def read_node(step: Step, node: fx.Node, rates: Rates, fused: bool) -> Info:
         )
     straight = {roots[a] for a in read if not is_reshaped(a)}
     walk = access(node)
-    moved = {roots[a] for a in walk.moved} | {roots[a] for a in read if _looped(roots[a])}
+    moved = {roots[a] for a in walk.moved}
     several = isinstance(node.meta.get("val"), (list, tuple))
     view = roots[node] is not node
     return Info(
@@ -143,11 +143,6 @@ def _over(step: Step, node: fx.Node, inputs: list[fx.Node]) -> tuple[tuple[int, 
     values = [given[at] for at in over.values()]
     own = (v for v in values if step.roots[v] is v and v.op == "call_function")
     return tuple(inputs.index(v) for v in own), group
-
-
-def _looped(node: fx.Node) -> bool:
-    """Whether a loop has written the value: Inductor writes nothing else in its place."""
-    return node.target is operator.getitem and "loop" in node.args[0].meta
 
 
 def read_fragment(step: Step, node: fx.Node, rates: Rates, fused: bool) -> Info:

@@ -8,6 +8,8 @@ from typing import Any
 
 from memcompile.plan import Plan
 
+#: Share of the room that is aimed for: what a draft leaves out is small, but not nothing.
+AIM = 0.995
 #: A rung drafted within this share of the room fits, whatever the draft leaves out.
 SURE = 0.9
 

@@ -21,7 +21,7 @@ from memcompile.analysis.rules import Place
 from memcompile.contract import Loop
 from memcompile.cuts import narrow_cuts
 from memcompile.head import Form, forms
-from memcompile.ladder import SURE
+from memcompile.ladder import AIM, SURE
 from memcompile.moments import large_at_peak
 from memcompile.plan import Plan
 from memcompile.planner import Planner
@@ -97,14 +97,14 @@ def with_loops(
             yield state.planner, state.rows
 
 
-def _fitting(start: State, room: int) -> _Aim:
-    """The quickest loops below the room there is."""
-    return _Aim(min(SHALLOW.share, SURE * room / _span(start)), SHALLOW.near)
+def _fitting(start: State, room: float) -> _Aim:
+    """The quickest loops that leave nothing above the room there is."""
+    return _Aim(room / _span(start), 0.0)
 
 
-def _deep_enough(start: State, room: int | None) -> _Aim:
+def _deep_enough(start: State, room: int) -> _Aim:
     """What leaves the least, well below the room there is where that is less still."""
-    share = DEEPEST.share if room is None else max(0.0, 0.8 * room / _span(start))
+    share = max(0.0, 0.8 * room / _span(start))
     return dataclasses.replace(DEEPEST, share=min(DEEPEST.share, share))
 
 
@@ -146,18 +146,22 @@ class _Search:
 
     def ever_lower(self, room: int | None) -> Iterator[State]:
         """The start with the loops that help, one aim after the other; each costs a search."""
-        if room is not None:
-            yield self.rounds(SHALLOW)[0]
-            yield self.rounds(_fitting(self.start, room))[0]
-        deepest, taken = self.rounds(_deep_enough(self.start, room))
-        floor = deepest.planner.ladder.floor.peak
         if room is None:
+            deepest, taken = self.rounds(DEEPEST)
             yield deepest
-            yield self.eased(taken, floor)
-        else:  # as few chunks as fit come before more of them
-            enough = self.start.planner.draft.before + int(SURE * room)
-            yield self.eased(taken, max(floor, enough))
-            yield deepest
+            yield self.eased(taken, deepest.planner.ladder.floor.peak)
+            return
+        enough = self.start.planner.draft.before + int(SURE * room)
+        fitting = _fitting(self.start, SURE * room)
+        if fitting.share < SHALLOW.share:
+            yield self.rounds(SHALLOW)[0]
+        else:  # a few loops may do
+            yield self.rounds(_fitting(self.start, AIM * room))[0]
+        for aim in (fitting, _deep_enough(self.start, room)):
+            state, taken = self.rounds(aim)
+            if state.planner.ladder.floor.peak <= enough:  # as few chunks as fit come first
+                yield self.eased(taken, enough)
+            yield state
 
     def eased(self, taken: list[_Over], peak: int) -> State:
         """The same loops with as few chunks as leave no more than ``peak`` bytes."""

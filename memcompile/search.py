@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from memcompile.ladder import Ladder, Rung
+from memcompile.ladder import AIM, Ladder, Rung
 from memcompile.plan import Drafted
 from memcompile.planner import Planner
 from memcompile.split import Split, rewrite_whole, split
 from memcompile.step import Step, is_loop
 
-#: Share of the room that is aimed for: what a draft leaves out is small, but not nothing.
-AIM = 0.995
 #: Peaks that are as good as the least one of a step with loops, as multiples of it: the last bytes
 #: of it cost many chunks.
 NEAR = 1.01

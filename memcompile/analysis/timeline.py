@@ -312,7 +312,10 @@ def simulate(
                 thirds = (read & real.own[k] for k, read in real.summed.items() if k < j)
                 summed = summed - set().union(*thirds)
             reuse = op.kind < Kind.EXTERN and any(
-                ops[i].bytes == op.bytes and i not in summed and i not in real.moved[j]
+                ops[i].bytes == op.bytes
+                and i not in summed
+                and i not in real.moved[j]
+                and not ops[i].group  # Inductor writes nothing in the place of what a loop wrote
                 for i in dies_into.get(j, ())
             )
             if op.over:
