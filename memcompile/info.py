@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Mapping
+from typing import cast
 
 from torch import fx
 
@@ -110,6 +111,9 @@ def read_node(step: Step, node: fx.Node, rates: Rates, fused: bool) -> Info:
         return Info(
             tuple(inputs), kind, 0, loop.seconds, False, False, loop.bytes, over=over, group=group
         )
+    if fused and op_kinds.op_name(node) in op_kinds.SCATTER:
+        into = roots[cast(fx.Node, node.args[0])]
+        over = (inputs.index(into),) if step.bytes(into) == step.bytes(node) else ()
     straight = {roots[a] for a in read if not is_reshaped(a)}
     walk = access(node)
     moved = {roots[a] for a in walk.moved}

@@ -315,4 +315,5 @@ def test_a_head_in_a_loop_holds_its_weights_gradient_and_little_more() -> None:
     assert seen.early and report.loops
     whole = report.inductor - report.before
     assert report.lowered - report.before < 0.3 * whole
+    assert report.predicted == pytest.approx(report.lowered, rel=0.02)
     assert_same(got, expected(model, [ids]), rtol=1e-3, atol=1e-6)

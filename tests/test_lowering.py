@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import memcompile
 from memcompile import backend, scratch
+from memcompile.analysis import ops
 
 pytestmark = pytest.mark.slow
 
@@ -145,4 +146,28 @@ def test_what_a_convolution_allocates_inside_itself_is_drafted(
 
     assert off() <= 0.02
     monkeypatch.setattr(scratch, "LIBRARY", frozenset())
+    assert off() > 0.1
+
+
+@pytest.mark.parametrize("read", ["index", "gather", "embedding"])
+def test_a_gradient_is_scattered_into_the_zeros_it_starts_from(
+    read: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(table: Tensor, at: Tensor) -> Tensor:
+        if read == "index":
+            rows = table[at]
+        elif read == "gather":
+            rows = table.gather(0, at[:, None].expand(7, 32))
+        else:
+            rows = F.embedding(at, table)
+        return rows.sin().square().mean()
+
+    inputs = [tensor(4096, 32), torch.arange(7) * 3]
+
+    def off() -> float:
+        report = dry(step, inputs, None)
+        return abs((report.lowered - report.before) / (report.predicted - report.before) - 1)
+
+    assert off() <= 0.01
+    monkeypatch.setattr(ops, "SCATTER", frozenset())
     assert off() > 0.1

@@ -175,6 +175,17 @@ def test_what_is_read_in_another_order_is_not_written_over() -> None:
     assert simulate([source(), product, turned, inside]).peak == 200
 
 
+def test_what_a_loop_has_written_is_written_over_by_no_kernel_of_its_graph() -> None:
+    """Where it was saved for a backward, it is there like anything else that was."""
+
+    def peak(written: Op) -> int:
+        return simulate([written, Op("scaled", Kind.POINTWISE, (0,), 100, keep=True)]).peak
+
+    assert peak(Op("product", Kind.EXTERN, (), 100)) == 100
+    assert peak(Op("filled", Kind.EXTERN, (), 100, group="loop")) == 200
+    assert peak(Op("saved", Kind.SOURCE, (), 100)) == 100
+
+
 @pytest.mark.parametrize("third", [True, False])
 def test_in_a_loops_body_a_third_reader_parts_sums_from_what_overwrites(third: bool) -> None:
     ops = [

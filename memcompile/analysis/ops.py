@@ -66,6 +66,18 @@ POINTWISE = frozenset(
     ]
 )
 
+#: Ops that Inductor lets write into a copy of their first input, or into it where it ends there.
+SCATTER = frozenset(
+    [
+        "index_put",
+        "scatter",
+        "scatter_add",
+        "scatter_reduce",
+        "_unsafe_index_put",
+        "_unsafe_masked_index_put_accumulate",
+    ]
+)
+
 #: Ops that loop over more than they return; ``cat`` is here because its buffer is always real.
 REDUCTION = frozenset(
     [

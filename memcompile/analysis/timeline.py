@@ -49,7 +49,7 @@ class Op:
     moves: int = 0  #: bytes that it begins to copy between host and device, beside other work
     over: tuple[
         int, ...
-    ] = ()  #: those of ``inputs`` whose place a loop writes in, if they die there
+    ] = ()  #: those of ``inputs`` whose place it writes in, if they die there
     group: str = ""  #: of loops that fill the same buffers, and of what they give
 
 
@@ -319,7 +319,7 @@ def simulate(
                 for i in dies_into.get(j, ())
             )
             if op.over:
-                dying = [i for i in _written_over(ops, last, op) if i not in longer]
+                dying = [i for i in _written_over(ops, last, j) if i not in longer]
                 over[j] = sum(ops[i].bytes for i in dying)
                 if op.kind == Kind.PART and dying:  # its memory is that of what dies
                     current -= op.bytes
@@ -339,10 +339,12 @@ def simulate(
     return Timeline(ops, real, live, last, since, over)
 
 
-def _written_over(ops: Sequence[Op], last: list[int], op: Op) -> list[int]:
-    """What a loop writes over: of what it may, that which nothing else reads later."""
+def _written_over(ops: Sequence[Op], last: list[int], j: int) -> list[int]:
+    """What an op writes over: of what it may, that which nothing else reads later."""
+    op = ops[j]
     ends = {i: last[i] for i in op.over if ops[i].kind != Kind.SOURCE and last[i] < len(ops)}
-    return [i for i, end in ends.items() if ops[end].group == op.group]
+    same = op.group or None  # loops that fill the same buffers end together
+    return [i for i, end in ends.items() if end == j or ops[end].group == same]
 
 
 def last_needs(ops: Sequence[Op], real: Real) -> list[int]:
