@@ -154,7 +154,7 @@ def test_a_checkpointed_stack_traversed_twice_needs_no_more_than_eager_checkpoin
     at about twice what eager checkpointing needs. Ours gets by with eager checkpointing's peak,
     in at most its time."""
     torch.manual_seed(0)
-    model = Twice(3, 64, 4)
+    model = Twice(2, 64, 4)
     inputs = torch.randn(8, 192, 64), torch.randn(8, 192, 64)
     eager = runner(model, model, *inputs)
     limit = peak(eager)

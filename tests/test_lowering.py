@@ -102,7 +102,7 @@ DRAFTED = (
     [
         pytest.param(transitions, 20, marks=pytest.mark.long),
         (small, 8),
-        (llama, 8),
+        (llama, 5),
         pytest.param(attention, 8, marks=pytest.mark.long),
     ],
 )

@@ -47,9 +47,7 @@ class Op:
     moved: tuple[int, ...] = ()  #: those read in another order than the result is written in
     breaks: frozenset[int] = frozenset()  #: between which dimensions its loops are not merged
     moves: int = 0  #: bytes that it begins to copy between host and device, beside other work
-    over: tuple[
-        int, ...
-    ] = ()  #: those of ``inputs`` whose place it writes in, if they die there
+    over: tuple[int, ...] = ()  #: those of ``inputs`` whose place it writes in, if they die there
     group: str = ""  #: of loops that fill the same buffers, and of what they give
 
 
