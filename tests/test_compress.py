@@ -6,6 +6,7 @@ import importlib.metadata
 import itertools
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -226,6 +227,28 @@ def test_a_gpt_like_network() -> None:
     torch.manual_seed(1)
     model = nn.Sequential(Block(), Block())
     assert shrink(loss(model), torch.randn(2, 128, 64)).factor >= 1.8
+
+
+def test_of_attention_with_short_heads_queries_and_keys_are_kept() -> None:
+    def attention(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return ((q.sin() @ k.sin().mT).exp() @ k[..., :8] @ LATE).sum()
+
+    def at(width: int) -> Shrunk:
+        q, k = (torch.randn(16, 64, width, requires_grad=True) for _ in range(2))
+        return shrink(attention, q, k)
+
+    weights = 16 * 64 * 64 * 4
+    assert at(8).before >= weights and at(8).after == 0
+    assert at(32).after == weights
+
+
+def test_an_evoformer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from subjects import evoformer_example
+
+    example = evoformer_example()
+    model, inputs = example.build(blocks=1, width=8), example.example_inputs(64, msa=8)
+    assert shrink(model, *inputs).factor >= 1.5
 
 
 # -- exact to the bit --------------------------------------------------------------------------

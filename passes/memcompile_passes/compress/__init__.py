@@ -4,7 +4,7 @@ Two ways. A *codec* stores a value encoded (``bits``, ``integers``, ``floats``, 
 package registers). And what follows from values that are kept anyway is not stored at all: masks
 from what they were compared on, one side of a GELU, copies and products of smaller factors. That
 is recomputation without library calls: elementwise ops and copies alone, and products that are
-much larger than their factors. Cf. Jain et al., "Gist" (2018); structure first, data never. What
+larger than both their factors together. Cf. Jain et al., "Gist" (2018); structure first, data never. What
 is lost with ``lossy=`` is a bounded share of each number; ``sensitive`` values lose nothing.
 """
 
@@ -42,8 +42,8 @@ EXACT: tuple[Codec, ...] = (Bits(), Integers(), Floats(), Triangles())
 LOSSY: dict[str, type[Scaled]] = {codec.name: codec for codec in (Fp8, Int8, Int4, Int2)}
 #: What lossy codecs work by: an edit of those files is a cache miss.
 SHARED = (Groups((), 0, False), cast(torch.int8), Read.FREELY)
-#: A product is made again where it is so many times as large as its factors.
-OUTER = 4
+#: A product is made again where it is so many times as large as its factors together.
+OUTER = 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,9 @@ Encoding for Deep Neural Network Training" (2018), §4.
 A byte holds neighbours along one dimension, the outermost in memory that eight divides: the same
 place in eight rows. So rows are read and written as they lie in memory, and eight that share their
 bytes one after the other.
+
+Numbers are moved in the dtypes that CPUs have vectors of: as floats on the way in, as int32 on the way
+out. Torch shifts bytes, and turns masks into bytes, one by one there.
 """
 
 from __future__ import annotations
@@ -66,15 +69,16 @@ def pack(x: torch.Tensor, dim: int, width: int) -> tuple[torch.Tensor, ...]:
     A symbolic length is stored as that of a tensor without elements.
     """
     count, length = 8 // width, x.shape[dim]
-    short = (length + count - 1) // count
-    numbers = x.to(torch.uint8)
+    short, numbers = (length + count - 1) // count, x
     if not isinstance(length, int):
         more = [short * count - length if d == dim else n for d, n in enumerate(x.shape)]
-        numbers = torch.cat([numbers, numbers.new_zeros(more)], dim)
+        numbers = torch.cat([x.to(torch.uint8), x.new_zeros(more, dtype=torch.uint8)], dim)
     elif length % count:
-        numbers = pad(numbers, [0, 0] * (x.dim() - dim - 1) + [0, short * count - length])
-    moved = numbers.unflatten(dim, (short, count)).bitwise_left_shift(places(x, dim, width))
-    packed = moved.sum(dim + 1, dtype=torch.uint8)
+        rest = [0, 0] * (x.dim() - dim - 1) + [0, short * count - length]
+        numbers = pad(x.to(torch.uint8), rest)
+    weights = torch.bitwise_left_shift(1, places(x, dim, width)).float()
+    moved = numbers.unflatten(dim, (short, count)).float() * weights
+    packed = moved.to(torch.uint8).sum(dim + 1, dtype=torch.uint8)
     return (packed,) if isinstance(length, int) else (packed, x.new_empty((length, 0)))
 
 
@@ -82,7 +86,7 @@ def unpack(
     packed: torch.Tensor, *lengths: torch.Tensor, dim: int, width: int, like: torch.Tensor
 ) -> torch.Tensor:
     """What :func:`pack` packed, in the dtype of ``like``."""
-    moved = packed.unsqueeze(dim + 1).bitwise_right_shift(places(packed, dim, width))
+    moved = packed.unsqueeze(dim + 1).int().bitwise_right_shift(places(packed, dim, width))
     numbers = moved.bitwise_and(2**width - 1).flatten(dim, dim + 1)
     length = lengths[0].shape[0] if lengths else like.shape[dim]
     if not isinstance(length, int) or length % (8 // width):
@@ -92,5 +96,5 @@ def unpack(
 
 def places(like: torch.Tensor, dim: int, width: int) -> torch.Tensor:
     """How far neighbours along ``dim`` are moved up in their byte."""
-    shifts = width * torch.arange(8 // width, dtype=torch.uint8, device=like.device)
+    shifts = width * torch.arange(8 // width, dtype=torch.int32, device=like.device)
     return shifts.view(-1, *[1] * (like.dim() - 1 - dim))

@@ -71,11 +71,11 @@ class Packed(Whole):
         """Neighbours along the dimension that ``bits`` would take."""
         count = 8 // self.width
         dim, zero = row_dim(turned, count), self.levels + 1
-        like = turned.new_empty(turned.shape, dtype=torch.uint8)
+        like = turned.new_empty(turned.shape, dtype=torch.float32)
         out = functools.partial(unpack, dim=dim, width=self.width, like=like)
         return Packing(
             lambda codes: pack(codes + zero, dim, self.width),
-            lambda *stored: out(*stored).float() - zero,
+            lambda *stored: out(*stored) - zero,
             lambda x: x.numel() // turned.shape[dim] * ((turned.shape[dim] + count - 1) // count),
         )
 
