@@ -4,8 +4,9 @@ Two ways. A *codec* stores a value encoded (``bits``, ``integers``, ``floats``, 
 package registers). And what follows from values that are kept anyway is not stored at all: masks
 from what they were compared on, one side of a GELU, copies and products of smaller factors. That
 is recomputation without library calls: elementwise ops and copies alone, and products that are
-larger than both their factors together. Cf. Jain et al., "Gist" (2018); structure first, data never. What
-is lost with ``lossy=`` is a bounded share of each number; ``sensitive`` values lose nothing.
+larger than both their factors together. Cf. Jain et al., "Gist" (2018); structure first, data
+never. What is lost with ``lossy=`` is a bounded share of each number; ``sensitive`` values lose
+nothing.
 """
 
 from __future__ import annotations

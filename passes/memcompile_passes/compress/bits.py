@@ -7,8 +7,8 @@ A byte holds neighbours along one dimension, the outermost in memory that eight 
 place in eight rows. So rows are read and written as they lie in memory, and eight that share their
 bytes one after the other.
 
-Numbers are moved in the dtypes that CPUs have vectors of: as floats on the way in, as int32 on the way
-out. Torch shifts bytes, and turns masks into bytes, one by one there.
+Numbers are moved in the dtypes that CPUs have vectors of: as floats on the way in, as int32 on
+the way out. Inductor's C++ shifts bytes, and makes bytes of masks, far slower.
 """
 
 from __future__ import annotations
