@@ -144,7 +144,11 @@ def _text(module: fx.GraphModule) -> str:
 def _moves(
     step: Step, before: Drafted, after: Drafted, proposals: Sequence[Proposal], ways: Ways
 ) -> list[MoveRow]:
-    """Values stored before and not after are moved; the other way round they are kept."""
+    """Values stored before and not after are moved; the other way round they are kept.
+
+    A value that is stored encoded, so that others can be made of it, is a row too: who judges what
+    a plan does to numbers goes by the rows.
+    """
     owner = {p.value.name: (p.by, p.how) for p in reversed(proposals) if p.rebuild is None}
     # A step with loops is another graph; what they left alone has kept its name.
     was, now = {n.name for n in before.saved}, {n.name for n in after.saved}
@@ -171,6 +175,12 @@ def _moves(
             rows.append(
                 MoveRow("planner", node.name, "keep", source_line(node), -step.bytes(node), gain)
             )
+    for move in after.late:
+        if isinstance(move, Proposal) and move.rebuild and move.value.name not in was:
+            value, on_host = move.value, move.rebuild.host is not None
+            size = 0 if on_host else sum(step.bytes(node) for node in move.rebuild.stored)
+            seconds = per_copy.get(value.name, 0.0)
+            rows.append(MoveRow(move.by, value.name, move.how, source_line(value), -size, seconds))
     return rows
 
 

@@ -344,6 +344,14 @@ def test_the_built_in_inexact_passes_are_held_to_a_bound(options: dict[str, Any]
     assert report.fidelity.startswith("calibrated") and f"<= {bound:g}" in report.fidelity
 
 
+def test_what_is_encoded_for_others_to_be_made_of_can_be_moved_back() -> None:
+    """Where tanh is to stay exact, the next plan encodes what tanh is made of."""
+    options = {"passes": "compress{lossy=int4,least=0}", "budget": "min"}
+    done = calibrate(layers(3), rows(64, 16), max_grad_error=1e-3, **options, **EAGER)
+    assert done.before[1] > 1e-3 >= done.grad_error
+    assert {"tanh", "addmm"} <= {name for row in done.exact for name in row.names}
+
+
 def test_dynamic_lengths_share_a_decision() -> None:
     model, passes = normed(), [NaiveVariance()]
     x = rows(64, 16)
