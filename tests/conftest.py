@@ -16,6 +16,7 @@ os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
 os.environ["MEMCOMPILE_CACHE"] = tempfile.mkdtemp(prefix="memcompile-tests-")
 atexit.register(shutil.rmtree, os.environ["MEMCOMPILE_CACHE"], ignore_errors=True)
 os.environ["MEMCOMPILE_RATES"] = "fixed"  # plans are the same on every machine
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of processes: workers fill the cores
 os.environ["AOT_INDUCTOR_ENABLE_LINE_TABLES"] = "0"  # a tenth of the C++ compiler's time
 os.environ["HF_HUB_OFFLINE"] = "1"  # subjects have random weights: nothing is fetched
 
