@@ -57,7 +57,7 @@ class _Aim:
 
 
 #: As few chunks as will do; whatever leaves least.
-SHALLOW, DEEPEST = _Aim(0.75, 0.05), _Aim(0.1, 0.0)
+SHALLOW, DEEPEST = _Aim(0.75, 0.05), _Aim(0.05, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)

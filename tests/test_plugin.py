@@ -54,7 +54,9 @@ def test_its_moves_are_taken_named_and_exact() -> None:
     assert {"recompute", "pack_bools"} == {ran.by for ran in report.passes}
     taken = [move for move in report.moves if move.by == "pack_bools"]
     assert taken and {move.how for move in taken} == {"pack"}
-    assert {move.bytes for move in taken} == {256 * 64}
+    assert {move.bytes for move in taken if move.bytes > 0} == {256 * 64}
+    packed_for_others = {-move.bytes for move in taken if move.bytes < 0}
+    assert packed_for_others <= {256 * 64 // 8}
     assert "pack_bools" in str(report)
 
 
