@@ -122,11 +122,11 @@ class Border:
                 (place, *more) = places
                 if not more and is_sliced(place) and self._may_run_again(node):
                     yield from self._before(part, node, place)
-            after, above = self._after(part), self._above(part)
+            given, above = self.step.bits(part.outputs), self._above(part)
             for value in part.outputs:
                 for reader in value.users if self.step.roots[value] not in self.kept else ():
-                    if reader not in above:
-                        yield from self._behind(part, reader, after)
+                    if not above >> self._place(reader) & 1:
+                        yield from self._behind(part, reader, given)
 
     def _may_run_again(self, node: fx.Node) -> bool:
         step = self.step
@@ -151,8 +151,8 @@ class Border:
         freed = 0 if others or root.op != "call_function" else self._bytes(root)
         yield _Take(target, flow, True, brings - freed)
 
-    def _behind(self, part: Part, node: fx.Node, after: set[fx.Node]) -> Iterator[_Take]:
-        """A reader of what the part gives, run inside it."""
+    def _behind(self, part: Part, node: fx.Node, given: int) -> Iterator[_Take]:
+        """A reader of what the part gives (bits of ``given``), run inside it."""
         late = self.step.sides.late
         if node.op != "call_function" or node in self.places or node in self.refused:
             return
@@ -162,8 +162,9 @@ class Border:
             return
         arguments = tensor_args(node)
         places = [self.places.get(a) for a in arguments]
-        if any(isinstance(p, str) for p in places) or any(a in after for a in arguments):
-            return
+        outside = (a for a in arguments if a not in self.places)
+        if any(isinstance(p, str) for p in places) or self.step.bits_above(outside) & given:
+            return  # what it reads waits for the part
         if node.is_impure() or is_random(node):
             return
         flow = self.rules.given(self.step.numbered(node), places)
@@ -190,27 +191,9 @@ class Border:
         new = {root for root in roots - known if root.op == "call_function"}
         return sum(self._bytes(root) for root in new)
 
-    def _after(self, part: Part) -> set[fx.Node]:
-        """Nodes outside that wait for the part."""
-        after: set[fx.Node] = set()
-        stack = [u for value in part.outputs for u in value.users]
-        while stack:
-            node = stack.pop()
-            if node not in after and node not in self.places:
-                after.add(node)
-                stack.extend(node.users)
-        return after
-
-    def _above(self, part: Part) -> set[fx.Node]:
-        """What the part's inputs are made of, where some of it is inside as well."""
-        above: set[fx.Node] = set()
-        stack = list(part.inputs) if self.made else []
-        while stack:
-            node = stack.pop()
-            if node not in above:
-                above.add(node)
-                stack.extend(node.all_input_nodes)
-        return above
+    def _above(self, part: Part) -> int:
+        """Bits of what the part's inputs are made of, where some of it is inside as well."""
+        return self.step.bits_above(part.inputs) if self.made else 0
 
     # -- taking it in ---------------------------------------------------------------------
 

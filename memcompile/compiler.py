@@ -101,7 +101,7 @@ class Compiler:
         elif budget is None or chosen.peak > budget:
             plain = planner.build()
             floor = plain.floor.plan
-            ladder = self._with_loops(planner, floor, loops, budget, plain, _fewer_drafts)
+            ladder = self._with_loops(planner, floor, loops, budget, plain, self._looped)
             chosen = self._search(step, ladder, first, budget, plain)
         after = chosen.drafted
         explained = explain(
@@ -162,7 +162,7 @@ class Compiler:
         loops: list[Loop],
         budget: int | None,
         plain: Ladder,
-        planned: Callable[[Planner], Planner],
+        planner_of: Callable[[Planner], Planner],
     ) -> Ladder:
         """``plain``, and the rungs of the step with the loops that lower its peak merged in.
 
@@ -172,16 +172,27 @@ class Compiler:
             loops: those offered.
             budget: in total bytes, if there is one.
             plain: the ladder without any.
-            planned: the planner of a step with loops, made of the one they were found with.
+            planner_of: the planner of a step with loops, made of the one they were found with.
         """
         if not loops or fits_surely(plain, base.draft.before, budget, self.held):
             return plain
         self._note(unseeded(loops))
         self.looped, ladder, room = {}, plain, self._room(base, budget)
-        for found, rows in with_loops(base, plan, loops, self._anew, self._loop_failed, room):
-            planner = planned(found)
+
+        def planned(found: Planner, like: Planner | None) -> Planner:
+            planner = planner_of(found)
+            planner.follow(found)
+            if like is None:
+                planner.build()
+            else:
+                planner.follow(like)
+                planner.polish()
+            return planner
+
+        found = with_loops(base, plan, loops, self._anew, planned, self._loop_failed, room)
+        for planner, rows in found:
             self.looped[planner.draft.step] = rows
-            ladder = merged(ladder, planner.build())
+            ladder = merged(ladder, planner.ladder)
             if fits_surely(ladder, base.draft.before, budget, self.held):
                 break
         return ladder
@@ -207,21 +218,38 @@ class Compiler:
         """The loops of what was chosen."""
         return self.looped.get(chosen.step, ())
 
-    def _anew(self, module: fx.GraphModule, planner: Planner) -> tuple[Planner, list[Loop]]:
-        """The planner of a step whose graph has got loops; what was kept is named alike."""
+    def _anew(
+        self, module: fx.GraphModule, planner: Planner
+    ) -> tuple[Planner, Callable[[], list[Loop]]]:
+        """What drafts a step whose graph has got loops, and the loops offered on it.
+
+        What was kept is named alike. Moves of single values are offered when it is planned.
+        """
         number_loops(module)
         old = planner.draft.step
         static = [place for place, node in enumerate(old.primals) if node in old.static]
         step = Step(module, old.num_outputs, static)
-        proposals, loops = self._offers(step, again=True)
-        again = {n.name for n in planner.draft.again}
-        offered = frozenset(p.value for p in proposals if p.rebuild is None)
-        offered |= frozenset(n for n in step.nodes if n.name in again)
-        draft = self._draft(step, offered, planner.draft)
+        known, again = {n.name for n in old.nodes}, {n.name for n in planner.draft.again}
+        able = frozenset(
+            n
+            for n in step.early_values()
+            if n.name in again or (n.name not in known and runs_twice(n) and not must_save(n))
+        )
         kept = {n.name for n in planner.ground.kept}
         ground = Plan(frozenset(n for n in step.early_values() if n.name in kept))
+        found = Planner(self._draft(step, able, planner.draft), ground, [])
+        return found, lambda: self._offers(step, again=True)[1]
+
+    def _looped(self, found: Planner) -> Planner:
+        """The planner of a step with loops, with the moves of single values offered on it."""
+        step = found.draft.step
+        proposals, _ = self._offers(step, again=True)
+        offered = frozenset(p.value for p in proposals if p.rebuild is None)
+        draft = self._draft(step, offered | found.draft.again, found.draft)
         bound = frozenset(n for n in step.nodes if must_recompute(n))
-        return Planner(draft, ground, proposals, bound), loops
+        planner = Planner(draft, found.ground, proposals, bound)
+        planner.limit //= SHARE
+        return planner
 
     def _draft(self, step: Step, again: frozenset[fx.Node], like: Draft | None = None) -> Draft:
         """The step's draft, where the values of ``again`` may run twice."""
@@ -365,11 +393,6 @@ class Compiler:
         draft = self._draft(step, frozenset(p.value for p in proposals if p.rebuild is None))
         kept = frozenset(n for n in draft.needed_late if n.op == "call_function")
         return Planner(draft, Plan(kept), proposals)
-
-
-def _fewer_drafts(found: Planner) -> Planner:
-    found.limit //= SHARE
-    return found
 
 
 def _late_from(step: Step, drafted: Drafted) -> fx.Node:

@@ -237,6 +237,11 @@ class _Backward:
         """Lay out ``node`` and whatever it needs that is not there yet, in step order."""
         if node in self.place:
             return
+        if node not in self.early:
+            inputs = self.draft.info[node].inputs
+            if all([i in self.place for i in inputs]):
+                self._lay(node)
+                return
         missing = self._missing(node)
         if len(missing) > 1:
             missing = sorted(missing, key=self.draft.step.order.__getitem__)

@@ -33,9 +33,18 @@ class Info:
     breaks: frozenset[int] = frozenset()
     over: tuple[int, ...] = ()  #: places in ``inputs`` of what a loop writes over, if it dies there
     group: str = ""  #: of a loop and what it gives: whose buffers it fills
+    plain: bool = dataclasses.field(init=False)  #: nothing is to be said of its inputs
+
+    def __post_init__(self) -> None:
+        self.plain = not (self.reshaped or self.moved or self.over or self.group)
 
     def op(self, node: fx.Node, inputs: tuple[int, ...], keep: bool = False) -> Op:
         """The node's op, reading what stands at the places ``inputs``."""
+        if self.plain:
+            return Op(
+                node, self.kind, inputs, self.bytes, self.seconds, self.heavy, self.drawn, keep,
+                True, self.work, 0, (), (), self.breaks,
+            )  # fmt: skip
         return Op(
             node, self.kind, inputs, self.bytes, self.seconds, self.heavy, self.drawn, keep,
             work=self.work,
@@ -66,7 +75,7 @@ def read_step(
     found: dict[fx.Node, Info] = {}
     for node in nodes:
         old = copies.get(node)
-        if like is not None and old is not None:
+        if like is not None and old is not None and node.meta.get("loop") is old.meta.get("loop"):
             inputs = _roots(step, _read(node))
             same = [copied.get(a) for a in old.all_input_nodes] == node.all_input_nodes
             if same and [copied.get(i) for i in like[old].inputs] == inputs:

@@ -8,9 +8,10 @@ A length that the chunk does not divide gets a second loop of one trip on the sa
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import torch
@@ -34,9 +35,21 @@ from memcompile.inplace import overwritable
 from memcompile.lengths import size_expr
 from memcompile.region import Part, Region
 from memcompile.step import GROUP, OVER, Step, hint, must_save
-from memcompile.trip import cost
+from memcompile.trip import LoopCost, cost
 
 aten = torch.ops.aten
+
+
+@dataclasses.dataclass(frozen=True)
+class _Site:
+    """One loop that was written: what its bodies are traced from."""
+
+    cond: str  #: under which name the module has it
+    body: str
+    part: Part
+    run: Trips
+    inputs: list[fx.Node]
+    values: list[Any]  #: fake, of what it carries and of what it is given
 
 
 class Looped:
@@ -54,11 +67,12 @@ class Looped:
         self.chunks = chunks
         self.graph = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
-        self.bodies: dict[str, Callable[[], fx.GraphModule]] = {}
+        self.sites: list[_Site] = []
+        self._known_costs: dict[Any, LoopCost] = {}
         self.part_of: dict[fx.Node, Part] = {}
         self.done: set[int] = set()
-        self.filled = False
-        self.loops: list[fx.Node] = []
+        self.traced: dict[str, fx.GraphModule] = {}  #: once they are traced, the loops' functions
+        self.asked: tuple[Any, ...] = ()  #: of symbolic sizes, while tracing them
         self.sizes: dict[Any, fx.Node] = {}  #: symbolic ones, by expression
         for part in (region.late, region.early):
             if part is not None:
@@ -68,24 +82,76 @@ class Looped:
     def write(self) -> fx.GraphModule:
         """The new joint graph; its outputs and placeholders are those of the old one."""
         self.outline()
-        self.fill()
+        self.fill(self.module)
         return self.module
 
-    def fill(self) -> None:
-        """Trace the bodies of the loops, which drafts do without."""
-        if self.filled:
-            return
+    def fill(self, module: fx.GraphModule) -> None:
+        """Put the loops' functions into a graph that has the loops; drafts do without them."""
+        if not self.traced:
+            self._trace_all()
+        for name, function in self.traced.items():
+            setattr(module, name, function)
+        costs = self.costs()
+        for node in loops_of(module.graph, costs):
+            node.meta["asked"], node.meta["loop"] = self.asked, costs[body_of(node)]
+
+    def _trace_all(self) -> None:
         lower_added_products()
         with unguarded(getattr(self._fake_mode(), "shape_env", None)) as asked:
-            traced = {name: trace() for name, trace in self.bodies.items()}
+            traced = {name: make() for site in self.sites for name, make in self._makers(site)}
         fixed = [e for e in asked if not e.is_Boolean and not e.is_Relational]
         if fixed:
             raise ValueError(f"the loop would hold at one value of {fixed[0]} alone")
-        for name, body in traced.items():
-            setattr(self.module, name, body)
-        for loop in self.loops:
-            loop.meta["asked"] = tuple(asked)
-        self.filled = True
+        self.traced, self.asked = traced, tuple(asked)
+
+    def _makers(self, site: _Site) -> Iterator[tuple[str, Callable[[], fx.GraphModule]]]:
+        """The functions of one loop by name, to be traced."""
+
+        def more(counter: torch.Tensor, *rest: Any) -> torch.Tensor:
+            return aten.lt.Scalar(counter, size_of(rest, site.run.count))
+
+        trip = Body(self.region, site.part, site.run, site.inputs).run
+        yield site.cond, lambda: self._trace(more, site.values)
+        yield site.body, lambda: _returning_buffers(self._trace(trip, site.values))
+
+    # -- other counts of chunks ---------------------------------------------------------------
+
+    def costs(self, chunks: int | None = None) -> dict[str, LoopCost]:
+        """By the name of its body what each loop costs, or would with so many chunks.
+
+        Where that takes more loops or fewer, the first one stands for all of its side.
+        """
+        runs = trips(self.region.size, self.chunks if chunks is None else chunks)
+        found: dict[str, LoopCost] = {}
+        for part in dict.fromkeys(id(site.part) for site in self.sites):
+            sites = [site for site in self.sites if id(site.part) == part]
+            each = [self._cost(sites[0].part, run) for run in runs]
+            if len(runs) != len(sites):
+                most, total = max(c.bytes for c in each), sum(c.seconds for c in each)
+                each = [LoopCost(most, total), *(LoopCost(0, 0.0) for _ in sites[1:])]
+            found |= {site.body: what for site, what in zip(sites, each, strict=True)}
+        return found
+
+    def _cost(self, part: Part, run: Trips) -> LoopCost:
+        key = id(part), str(run)
+        if key not in self._known_costs:
+            self._known_costs[key] = cost(self.step, self.region, part, run, self.rates)
+        return self._known_costs[key]
+
+    def recounted(self, chunks: int) -> Looped | None:
+        """The same loops with so many chunks; ``None`` where that takes more loops or fewer."""
+        runs = trips(self.region.size, chunks)
+        if len(runs) != len(trips(self.region.size, self.chunks)):
+            return None
+        new = copy.copy(self)
+        new.chunks, new.traced, new.asked = chunks, {}, ()
+        new.sites = [
+            dataclasses.replace(site, run=runs[number % len(runs)])
+            for number, site in enumerate(self.sites)
+        ]
+        return new
+
+    # -- the graph ------------------------------------------------------------------------
 
     def outline(self) -> fx.GraphModule:
         """The new joint graph with bodies that are empty yet."""
@@ -104,8 +170,9 @@ class Looped:
                 self._emit(node)
             elif node is last[id(part)]:
                 self._loop(part)
-        for name in self.bodies:
-            setattr(self.step.module, name, torch.nn.Module())
+        for site in self.sites:
+            setattr(self.step.module, site.cond, torch.nn.Module())
+            setattr(self.step.module, site.body, torch.nn.Module())
         self.graph.eliminate_dead_code()
         module = _torch.LazyGraphModule(self.step.module, self.graph)
         module.meta.update(self.step.module.meta)
@@ -221,10 +288,6 @@ class Looped:
         buffers: list[fx.Node],
     ) -> list[fx.Node]:
         like = part.nodes[-1]
-
-        def more(counter: torch.Tensor, *rest: Any) -> torch.Tensor:
-            return aten.lt.Scalar(counter, size_of(rest, run.count))
-
         options = {
             "dtype": torch.int64,
             "layout": torch.strided,
@@ -235,11 +298,9 @@ class Looped:
         counter.meta["buffer"] = True
         carried = (counter, *buffers)
         values = [n.meta["val"] for n in (*carried, *read)]
-        trip = Body(self.region, part, run, inputs).run
-        number = len(self.bodies) // 2
+        number = len(self.sites)
         names = [self._name(f"loop_cond_{number}"), self._name(f"loop_body_{number}")]
-        self.bodies[names[0]] = lambda: self._trace(more, values)
-        self.bodies[names[1]] = lambda: _returning_buffers(self._trace(trip, values))
+        self.sites.append(_Site(names[0], names[1], part, run, inputs, values))
         functions = [self.graph.get_attr(name) for name in names]
         loop = self.graph.call_function(
             torch.ops.higher_order.while_loop, (*functions, carried, tuple(read))
@@ -247,8 +308,7 @@ class Looped:
         loop.meta["val"] = tuple(n.meta["val"] for n in carried)
         loop.meta[GROUP] = part.outputs[0].name
         loop.meta[OVER] = overwritable(self.step, self.region, part, inputs)
-        loop.meta["loop"] = cost(self.step, self.region, part, run, self.rates)
-        self.loops.append(loop)
+        loop.meta["loop"] = self._cost(part, run)
         self._describe(loop, like)
         outs = []
         for number, buffer in enumerate(buffers, 1):
@@ -272,6 +332,19 @@ class Looped:
         for node in module.graph.nodes:
             node.meta.pop("from_node", None)
         return module
+
+
+def loops_of(graph: fx.Graph, names: Container[str]) -> list[fx.Node]:
+    """The loops of a graph whose bodies have such names."""
+    loops = graph.find_nodes(op="call_function", target=torch.ops.higher_order.while_loop)
+    return [node for node in loops if body_of(node) in names]
+
+
+def body_of(loop: fx.Node) -> str:
+    """Under which name a loop's graph has its body."""
+    function = loop.args[1]
+    assert isinstance(function, fx.Node)
+    return str(function.target)
 
 
 def _returning_buffers(body: fx.GraphModule) -> fx.GraphModule:

@@ -20,13 +20,14 @@ from memcompile.analysis.ops import is_random, op_name
 from memcompile.analysis.rules import Place
 from memcompile.contract import Loop
 from memcompile.cuts import narrow_cuts
+from memcompile.draft import Draft
 from memcompile.head import Form, forms
 from memcompile.ladder import AIM, SURE
 from memcompile.moments import large_at_peak
-from memcompile.plan import Plan
+from memcompile.plan import Drafted, Plan
 from memcompile.planner import Planner
 from memcompile.report import LoopRow
-from memcompile.state import Anew, State, looped, recounted
+from memcompile.state import Anew, State, looped, recounted, redrafted
 from memcompile.step import source_line
 
 #: Rounds, at most.
@@ -75,11 +76,17 @@ class _Over:
 Failed = Callable[[Loop, Exception], None]
 
 
+#: The planner of a step with loops, its ladder built: from that of the same loops with other
+#: counts, where there is one.
+Planned = Callable[[Planner, Planner | None], Planner]
+
+
 def with_loops(
     planner: Planner,
     plan: Plan,
     loops: list[Loop],
     anew: Anew,
+    planned: Planned,
     failed: Failed,
     room: int | None = None,
 ) -> Iterator[tuple[Planner, tuple[LoopRow, ...]]]:
@@ -87,14 +94,15 @@ def with_loops(
 
     What goes lower comes after it, where that differs: the quickest loops that leave less than
     ``room`` (bytes above the inputs), and whatever leaves the least. With no room to fit into,
-    only that. Nothing where no loop helps.
+    only that. Nothing where no loop helps. What is yielded has a ladder.
     """
-    search = _Search(State(planner, loops, planner.drafted(plan), ()), anew, failed)
+    start = State(planner, lambda: loops, planner.drafted(plan))
+    search = _Search(start, anew, planned, failed)
     given: set[object] = set()
-    for state in search.ever_lower(room):
+    for state, found in search.ever_lower(room):
         if state.rows and state.shape not in given:
             given.add(state.shape)
-            yield state.planner, state.rows
+            yield found or planned(state.planner, None), state.rows
 
 
 def _fitting(start: State, room: float) -> _Aim:
@@ -130,11 +138,12 @@ def unseeded(loops: list[Loop]) -> str | None:
 class _Search:
     """Looks for loops from one state on; what was tried once is not tried again."""
 
-    def __init__(self, start: State, anew: Anew, failed: Failed) -> None:
-        self.start, self.anew, self.failed = start, anew, failed
+    def __init__(self, start: State, anew: Anew, planned: Planned, failed: Failed) -> None:
+        self.start, self.anew, self.planned, self.failed = start, anew, planned, failed
         self.known_forms: dict[Any, list[Form]] = {}
         self.known: dict[Any, State | None] = {}
         self.in_vain: set[tuple[str, float]] = set()  #: values over which no loop has helped
+        self.barred: set[tuple[str, int, int, int]] = set()  #: what cannot be traced
 
     @functools.cached_property
     def alike(self) -> dict[str, list[str]]:
@@ -144,54 +153,93 @@ class _Search:
         found = families(draft.step, draft.info, (v for v in values if v in draft.info))
         return {v.name: [o.name for o in same if o is not v] for v, same in found.items()}
 
-    def ever_lower(self, room: int | None) -> Iterator[State]:
-        """The start with the loops that help, one aim after the other; each costs a search."""
+    def ever_lower(self, room: int | None) -> Iterator[tuple[State, Planner | None]]:
+        """The start with the loops that help, one aim after the other; each costs a search.
+
+        With it its planner, where there is one already.
+        """
         if room is None:
-            deepest, taken = self.rounds(DEEPEST)
-            yield deepest
-            yield self.eased(taken, deepest.planner.ladder.floor.peak)
+            yield from self._least()
             return
         enough = self.start.planner.draft.before + int(SURE * room)
         fitting = _fitting(self.start, SURE * room)
-        if fitting.share < SHALLOW.share:
-            yield self.rounds(SHALLOW)[0]
-        else:  # a few loops may do
-            yield self.rounds(_fitting(self.start, AIM * room))[0]
-        for aim in (fitting, _deep_enough(self.start, room)):
-            state, taken = self.rounds(aim)
-            if state.planner.ladder.floor.peak <= enough:  # as few chunks as fit come first
-                yield self.eased(taken, enough)
-            yield state
+        few = fitting.share >= SHALLOW.share  # a few loops may do
+        aims = [_fitting(self.start, AIM * room) if few else SHALLOW]
+        for aim in (*aims, fitting, _deep_enough(self.start, room)):
+            for state in self._found(aim, None if aim in aims else enough):
+                yield state, None
 
-    def eased(self, taken: list[_Over], peak: int) -> State:
-        """The same loops with as few chunks as leave no more than ``peak`` bytes."""
-        state, share = self.start, (peak - self.start.planner.draft.before) / _span(self.start)
-        for over in taken:
-            same = [o for o in state.loops if (o.value.name, o.dim) == (over.value, over.dim)]
-            forms = self._forms(state, same[0])[over.form : over.form + 1] if same else []
-            tried = self._tried(state, forms, same, over.form)
-            if tried:
-                lefts = [_excess(new, self.start, share) for new in tried]
-                about = EASED * (max(lefts) - min(lefts))
-                state = self._written(_quickest(tried, lefts, about)) or state
-        return state
+    def _least(self) -> Iterator[tuple[State, Planner]]:
+        """What leaves least, with as few chunks as leave the floor where it is."""
+        state = self.rounds(DEEPEST)
+        while state.rows:
+            planner = self.planned(state.planner, None)
+            floor = planner.drafted(planner.ladder.floor.plan)
+            eased = self.eased(state, planner.draft, floor, floor.peak)
+            if self._fill(eased):
+                yield eased, planner if eased is state else self.planned(eased.planner, planner)
+                return
+            state = self.rounds(DEEPEST)
 
-    def rounds(self, aim: _Aim) -> tuple[State, list[_Over]]:
+    def _found(self, aim: _Aim, enough: int | None) -> Iterator[State]:
+        """What rounds lead to, the loops traced.
+
+        Where its peak is no more than ``enough`` bytes, the same with as few chunks as fit in
+        these comes first.
+        """
+        while True:
+            state = self.rounds(aim)
+            states = [state]
+            if enough is not None and state.peak <= enough:
+                eased = self.eased(state, state.planner.draft, state.drafted, enough)
+                states = [eased, *(s for s in states if s is not eased)]
+            if all([self._fill(each) for each in states]):
+                yield from states
+                return
+
+    def _fill(self, state: State) -> bool:
+        """Trace the loops of a state; whether all can be. What cannot is not tried again."""
+        module = state.planner.draft.step.module
+        for made in state.made:
+            try:
+                made.looped.fill(module)
+            except Exception as error:  # an op that does not stand a smaller shape
+                self.failed(made.loop, error)
+                self.barred.add(_what(made.loop, made.form))
+                return False
+        return True
+
+    def eased(self, state: State, draft: Draft, drafted: Drafted, peak: int) -> State:
+        """The same loops with as few chunks as leave ``drafted`` no more than ``peak`` bytes."""
+        made = [each.looped for each in state.made]
+        for at, each in enumerate(state.made):
+            tried = []
+            for chunks in each.counts:
+                what = _what(dataclasses.replace(each.loop, chunks=chunks), each.form)
+                other = made[at].recounted(chunks)
+                if other is not None and what not in self.barred:
+                    tried.append((other, redrafted(draft, drafted, other.costs())))
+            lefts = [_above(new, peak) for _, new in tried]
+            about = min(lefts) + EASED * (max(lefts) - min(lefts))
+            close = [new for new, left in zip(tried, lefts, strict=True) if left <= about]
+            made[at], drafted = min(close, key=lambda new: (new[1].seconds, new[1].peak))
+        if [each.chunks for each in made] == [each.loop.chunks for each in state.made]:
+            return state
+        return recounted(state, made, self.anew)
+
+    def rounds(self, aim: _Aim) -> State:
         """Loop after loop, until none helps; what helps in one block is done in all alike."""
-        state, taken = self.start, []
+        state = self.start
         for _ in range(ROUNDS):
             found = self._round(state, aim)
             if found is None:
                 break
             over, state = found
-            taken.append(over)
             for name in self.alike.get(over.value, ()):
                 twin = dataclasses.replace(over, value=name)
                 new = self._again(state, twin, aim)
-                if new is not None:
-                    state = new
-                    taken.append(twin)
-        return state, taken
+                state = new or state
+        return state
 
     def _again(self, state: State, over: _Over, aim: _Aim) -> State | None:
         """The state with one more loop as given; ``None`` where there is none, or it is no help."""
@@ -201,7 +249,7 @@ class _Search:
                 same = [form for form in found if _gives(form) == over.gives]
                 tried = [self._apply(state, form, over.form, loop) for form in same]
                 helped = [new for new in tried if new is not None]
-                return self._written(_chosen(state, state, aim, helped, self.start))
+                return _chosen(state, aim, helped, self.start)
         return None
 
     def _round(self, state: State, aim: _Aim) -> tuple[_Over, State] | None:
@@ -214,12 +262,13 @@ class _Search:
             for loops in _by_dim(state.loops, value):
                 found = self._forms(state, loops[0])
                 first = int(last and len(found) > 1)
-                tried += self._tried(state, found[first:], loops, first)
-            real = self._written(_chosen(state, state, aim, tried, self.start))
-            if real is not None and real.last is not None:
-                loop = real.last.loop
-                form = self._forms(state, loop)[real.last.form]
-                return _Over(value.name, loop.dim, real.last.form, loop.chunks, _gives(form)), real
+                tried += self._tried(state, found[first:], loops, first, last)
+            chosen = _chosen(state, aim, tried, self.start)
+            real = chosen and chosen.real()
+            if real is not None:
+                loop, number = real.made[-1].loop, real.made[-1].form
+                form = self._forms(state, loop)[number]
+                return _Over(value.name, loop.dim, number, loop.chunks, _gives(form)), real
             self.in_vain.add((value.name, aim.share))
         return None
 
@@ -246,34 +295,40 @@ class _Search:
                 self.failed(loop, error)
         return self.known_forms[key]
 
-    def _tried(self, state: State, found: list[Form], loops: list[Loop], first: int) -> list[State]:
+    def _tried(
+        self, state: State, found: list[Form], loops: list[Loop], first: int, deep: bool
+    ) -> list[State]:
         """The state with one more loop, in every form and count that can be written.
 
-        The forms are those of its region from number ``first`` on.
-        One count is written; what others would leave is read off the cost of their trips.
+        The forms are those of its region from number ``first`` on. One count is written, the one
+        that is likely to be taken; what others would leave is read off the cost of their trips.
         """
         made: list[State] = []
         for number, form in enumerate(found, first):
             able = [loop for loop in loops if loop.chunks <= form.region.length]
             if not able:
                 continue
-            middle = able[len(able) // 2]
-            written = self._apply(state, form, number, middle)
+            likely = able[-1] if deep else able[len(able) // 2]
+            written = self._apply(state, form, number, likely)
             if written is None:
                 continue
             for loop in able:
-                if loop is middle:
+                if loop is likely:
                     made.append(written)
                     continue
                 write = functools.partial(self._apply, state, form, number, loop)
-                drafted = recounted(written, state, form, loop.chunks)
+                costs = written.made[-1].looped.costs(loop.chunks)
+                drafted = redrafted(written.planner.draft, written.drafted, costs)
                 made.append(dataclasses.replace(written, drafted=drafted, write=write))
         most = _line(state, RISE)
         return [new for new in made if new.peak <= most]
 
     def _apply(self, state: State, form: Form, number: int, loop: Loop) -> State | None:
         """The state with one more loop; ``None`` where it cannot be written."""
-        key = state.shape, loop.value.name, loop.dim, number, loop.chunks
+        what = _what(loop, number)
+        key = state.shape, what
+        if what in self.barred:
+            return None
         if key not in self.known:
             self.known[key] = None
             try:
@@ -282,17 +337,10 @@ class _Search:
                 self.failed(loop, error)
         return self.known[key]
 
-    def _written(self, chosen: State | None) -> State | None:
-        """What was chosen, the bodies of its loops traced; ``None`` where they cannot be."""
-        real = chosen and chosen.real()
-        if real is None or real.last is None:
-            return None
-        try:
-            real.last.looped.fill()
-        except Exception as error:  # an op that does not stand a smaller shape
-            self.failed(real.last.loop, error)
-            return None
-        return real
+
+def _what(loop: Loop, form: int) -> tuple[str, int, int, int]:
+    """Equal for loops that are written alike, in whatever state."""
+    return loop.value.name, loop.dim, form, loop.chunks
 
 
 def _gives(form: Form) -> tuple[Place, ...]:
@@ -301,23 +349,18 @@ def _gives(form: Form) -> tuple[Place, ...]:
     return tuple(region.places[node] for node in region.early.outputs)
 
 
-def _chosen(
-    state: State, start: State, aim: _Aim, tried: list[State], first: State | None = None
-) -> State | None:
+def _chosen(state: State, aim: _Aim, tried: list[State], start: State) -> State | None:
     """The quickest of those that leave about as little as any; ``None`` where none helps."""
-    now = _excess(state, start, aim.share)
-    lefts = [_excess(new, start, aim.share) for new in tried]
+    line = _line(state, aim.share)
+    now = _above(state.drafted, line)
+    lefts = [_above(new.drafted, line) for new in tried]
     least = (1 - ENOUGH) * now
-    if first is not None and aim.share <= DEEPEST.share:
-        least = WORTH * _excess(first, first, aim.share)
+    if aim.share <= DEEPEST.share:
+        least = WORTH * _above(start.drafted, _line(start, aim.share))
     if not tried or now - min(lefts) <= least:
         return None
-    return _quickest(tried, lefts, aim.near * (now - min(lefts)))
-
-
-def _quickest(tried: list[State], lefts: list[int], about: float) -> State:
-    """Of those that leave the least, give or take, the quickest."""
-    close = [n for n, left in zip(tried, lefts, strict=True) if left <= min(lefts) + about]
+    about = min(lefts) + aim.near * (now - min(lefts))
+    close = [new for new, left in zip(tried, lefts, strict=True) if left <= about]
     return min(close, key=lambda new: (new.drafted.seconds, new.peak))
 
 
@@ -336,11 +379,10 @@ def _line(state: State, share: float) -> int:
     return before + int(share * (state.peak - before))
 
 
-def _excess(state: State, start: State, share: float) -> int:
-    """How much the step rises above ``share`` of what it was, summed over its moments.
+def _above(drafted: Drafted, line: int) -> int:
+    """How much a draft rises above ``line`` total bytes, summed over its moments.
 
     Layers that are alike have peaks that are alike: one loop lowers one of them.
     """
-    line, drafted = _line(start, share), state.drafted
     moments = (*drafted.forward.live, *drafted.backward.live)
     return sum(live - line for live in moments if live > line)

@@ -158,7 +158,8 @@ def _cpu_peak(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, 
     """The allocation events of one call of ``fn``, replayed."""
     if _torch.profiler_enabled():
         raise RuntimeError("measure_peak needs torch.profiler, which is active; stop it first")
-    gc.collect()
+    if gc.isenabled():  # else nothing is collected while fn runs either
+        gc.collect()
     cpu = [ProfilerActivity.CPU]
     try:
         with (

@@ -86,11 +86,12 @@ class Pipeline:
                 continue
             offered: list[Proposal | Loop] = []
             context.remarks.clear()
+            by = spell(each)
             try:
                 for proposal in each.propose(step, context):
                     _check(proposal, step)
                     _bar(proposal)
-                    offered.append(dataclasses.replace(proposal, by=spell(each)))
+                    offered.append(dataclasses.replace(proposal, by=by))
             except Exception as error:  # a stranger's code may raise anything
                 self._record(each, False, _said(error), error)
                 continue

@@ -101,8 +101,34 @@ class Planner:
             share = left // (2 * (len(seeds) - number) + 1)
             self._walk_down(seed, share // 2)
             self._walk_up(seed, share)
-        self._polish()
+        self.polish()
         return self.ladder
+
+    def follow(self, other: Planner) -> None:
+        """Try the plans of another planner's ladder, of a step whose values are named alike."""
+        named = {node.name: node for node in self.draft.step.nodes}
+        moves = {(m.value.name, m.how): m for m in self.proposals if m.rebuild is not None}
+        for rung in other.ladder.rungs:
+            known = [(v.name, move.how) for v, move in rung.plan.rebuilt.items()]
+            if all(what in moves for what in known):
+                rebuilt = {moves[what].value: moves[what] for what in known}
+                kept = (named[v.name] for v in rung.plan.kept if v.name in named)
+                self._try(Plan(frozenset(kept), rebuilt))
+
+    def polish(self) -> None:
+        """Improve the ladder's own rungs by one keep or one drop at a time."""
+        done: set[object] = set()
+        few = len(self.candidates) <= 16
+        while self.left:
+            todo = [r for r in self.ladder.rungs if r.plan.key() not in done]
+            if not todo:
+                return
+            # Spread over the ladder rather than start at one end.
+            for rung in todo[:: max(1, len(todo) // 12)]:
+                done.add(rung.plan.key())
+                self._neighbours(rung, 10_000 if few else 6)
+                if not self.left:
+                    return
 
     @property
     def ground_draft(self) -> Drafted:
@@ -194,21 +220,6 @@ class Planner:
             if new.plan.key() == now.plan.key():
                 return
             now = new
-
-    def _polish(self) -> None:
-        """Improve the ladder's own rungs by one keep or one drop at a time."""
-        done: set[object] = set()
-        few = len(self.candidates) <= 16
-        while self.left:
-            todo = [r for r in self.ladder.rungs if r.plan.key() not in done]
-            if not todo:
-                return
-            # Spread over the ladder rather than start at one end.
-            for rung in todo[:: max(1, len(todo) // 12)]:
-                done.add(rung.plan.key())
-                self._neighbours(rung, 10_000 if few else 6)
-                if not self.left:
-                    return
 
     def _neighbours(self, rung: Rung, most: int) -> None:
         now = self._try(rung.plan)

@@ -3,43 +3,51 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import fx
 
+from memcompile import _torch
 from memcompile.analysis.timeline import simulate
-from memcompile.body import trips
 from memcompile.contract import Loop
+from memcompile.draft import Draft
 from memcompile.head import Form
-from memcompile.loop import Looped
+from memcompile.loop import Looped, body_of, loops_of
 from memcompile.plan import Drafted, Plan
 from memcompile.planner import Planner
 from memcompile.report import LoopRow
 from memcompile.step import source_line
-from memcompile.trip import LoopCost, cost
+from memcompile.trip import LoopCost
 
 
 @dataclasses.dataclass(frozen=True)
-class Last:
-    """The move that made a state."""
+class Made:
+    """A loop of a state."""
 
     loop: Loop
     form: int  #: which of the forms of its region
+    counts: tuple[int, ...]  #: of chunks that were offered
     looped: Looped
 
 
 @dataclasses.dataclass
 class State:
-    planner: Planner
-    loops: list[Loop]
+    planner: Planner  #: that drafts it; moves of single values are not offered to it
+    offers: Callable[[], list[Loop]]
     drafted: Drafted
-    rows: tuple[LoopRow, ...]
-    last: Last | None = None
+    rows: tuple[LoopRow, ...] = ()
+    made: tuple[Made, ...] = ()  #: the loops, one for each row
     write: Callable[[], State | None] | None = None  #: set where only its draft is known
 
     def real(self) -> State | None:
         """The state itself; ``None`` where it cannot be written."""
         return self if self.write is None else self.write()
+
+    @functools.cached_property
+    def loops(self) -> list[Loop]:
+        """The loops that may be added."""
+        return self.offers()
 
     @property
     def peak(self) -> int:
@@ -52,33 +60,17 @@ class State:
 
 
 #: A looped graph made into a step again: its planner, and the loops offered on it.
-Anew = Callable[[fx.GraphModule, Planner], tuple[Planner, list[Loop]]]
+Anew = Callable[[fx.GraphModule, Planner], tuple[Planner, Callable[[], list[Loop]]]]
 
 
-def recounted(new: State, old: State, form: Form, chunks: int) -> Drafted:
-    """The draft of a state as if its newest loop had another count of chunks."""
-    draft, drafted, region = new.planner.draft, new.drafted, form.region
-    known = {id(node.meta["loop"]) for node in old.planner.draft.step.nodes if "loop" in node.meta}
-    costs: dict[fx.Node, LoopCost] = {}
-    done: set[bool] = set()
-    for node in draft.step.nodes:
-        if "loop" not in node.meta or id(node.meta["loop"]) in known:
-            continue
-        late = node in draft.step.sides.late and region.late is not None
-        part = region.late if late else region.early
-        assert part is not None
-        each = [
-            cost(form.step, region, part, run, draft.rates) for run in trips(region.size, chunks)
-        ]
-        costs[node] = LoopCost(max(c.bytes for c in each), sum(c.seconds for c in each))
-        if late in done:  # a shorter last chunk's: counted with the others
-            costs[node] = LoopCost(0, 0.0)
-        done.add(late)
+def redrafted(draft: Draft, drafted: Drafted, costs: Mapping[str, LoopCost]) -> Drafted:
+    """The draft of a step as if some loops, by the names of their bodies, cost something else."""
+    other = {node: costs[body_of(node)] for node in loops_of(draft.step.graph, costs)}
     lines = []
     for line in (drafted.forward, drafted.backward):
         ops = [
-            dataclasses.replace(op, work=costs[op.node].bytes, seconds=costs[op.node].seconds)
-            if op.node in costs
+            dataclasses.replace(op, work=other[op.node].bytes, seconds=other[op.node].seconds)
+            if op.node in other
             else op
             for op in line.ops
         ]
@@ -94,11 +86,8 @@ def looped(state: State, form: Form, number: int, loop: Loop, anew: Anew) -> Sta
     """The state with one more loop, in a region's form of that number."""
     step, found = state.planner.draft.step, form.region
     made = Looped(form.step, found, loop.chunks, state.planner.draft.rates)
-    planner, loops = anew(made.outline(), state.planner)
-    kept = {node.name for node in state.drafted.plan.kept}
-    new = planner.draft.step
-    plan = Plan(frozenset(n for n in new.early_values() if n.name in kept))
-    drafted = planner.drafted(plan)
+    planner, offers = anew(made.outline(), state.planner)
+    drafted = _drafted(planner, state)
     row = LoopRow(
         by=loop.by,
         value=loop.value.name,
@@ -111,4 +100,36 @@ def looped(state: State, form: Form, number: int, loop: Loop, anew: Anew) -> Sta
         peak_before=state.peak,
         peak_after=drafted.peak,
     )
-    return State(planner, loops, drafted, (*state.rows, row), Last(loop, number, made))
+    alike = (o for o in state.loops if (o.value, o.dim) == (loop.value, loop.dim))
+    counts = tuple(sorted(o.chunks for o in alike if o.chunks <= found.length))
+    every = *state.made, Made(loop, number, counts, made)
+    return State(planner, offers, drafted, (*state.rows, row), every)
+
+
+def recounted(state: State, others: Sequence[Looped], anew: Anew) -> State:
+    """The state with other counts of chunks in its loops."""
+    module = _torch.copy_graph(state.planner.draft.step.module)
+    for each in others:
+        costs = each.costs()
+        for node in loops_of(module.graph, costs):
+            node.meta["loop"] = costs[body_of(node)]
+    planner, offers = anew(module, state.planner)
+    drafted = _drafted(planner, state)
+    rows = tuple(
+        dataclasses.replace(row, chunks=each.chunks)
+        for row, each in zip(state.rows, others, strict=True)
+    )
+    made = [
+        dataclasses.replace(
+            old, loop=dataclasses.replace(old.loop, chunks=each.chunks), looped=each
+        )
+        for old, each in zip(state.made, others, strict=True)
+    ]
+    return State(planner, offers, drafted, rows, tuple(made))
+
+
+def _drafted(planner: Planner, like: State) -> Drafted:
+    """The draft under the plan of another state, whose values have the same names."""
+    kept = {node.name for node in like.drafted.plan.kept}
+    values = planner.draft.step.early_values()
+    return planner.drafted(Plan(frozenset(n for n in values if n.name in kept)))

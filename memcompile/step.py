@@ -251,6 +251,31 @@ class Step:
         }
         return frozenset(n for n in written if n.op == "placeholder")
 
+    @functools.cached_property
+    def above(self) -> dict[fx.Node, int]:
+        """For each node a bit for itself and every node it is made of."""
+        found: dict[fx.Node, int] = {}
+        for place, node in enumerate(self.nodes):
+            bits = 1 << place
+            for argument in node.all_input_nodes:
+                bits |= found[argument]
+            found[node] = bits
+        return found
+
+    def bits(self, nodes: Iterable[fx.Node]) -> int:
+        """A bit for each node, where :attr:`above` has it."""
+        found = 0
+        for node in nodes:
+            found |= 1 << self.order[node]
+        return found
+
+    def bits_above(self, nodes: Iterable[fx.Node]) -> int:
+        """A bit for each node and all that it is made of."""
+        found = 0
+        for node in nodes:
+            found |= self.above[node]
+        return found
+
     def reads_overwritten(self, node: fx.Node) -> bool:
         """Whether the node would see another value if it ran again late."""
         return any(self.roots[a] in self.overwritten for a in node.all_input_nodes)

@@ -12,7 +12,7 @@ from chunk_subjects import Words, double, words
 from helpers import FUSED_CLOSE, assert_same, expected, planned, tensor
 from memcompile_passes.chunk import Chunk
 from test_region import joint, named
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 import memcompile
@@ -128,9 +128,9 @@ class Seen:
             if self.only is None or self.only == early:
                 yield form
 
-    def fill(self, looped: Looped) -> None:
-        FILL(looped)
-        self.bodies += [getattr(looped.module, name) for name in looped.bodies]
+    def fill(self, looped: Looped, module: fx.GraphModule) -> None:
+        FILL(looped, module)
+        self.bodies += looped.traced.values()
 
 
 FILL = Looped.fill
@@ -143,7 +143,7 @@ def run(
     seen = Seen(early)
     with (
         mock.patch.object(looping, "forms", seen.forms),
-        mock.patch.object(Looped, "fill", lambda looped: seen.fill(looped)),
+        mock.patch.object(Looped, "fill", lambda looped, module: seen.fill(looped, module)),
     ):
         more = {"budget": "min", "passes": PASSES, "strict": True, **more}
         got, (report,) = planned(model, inputs, **more)

@@ -12,7 +12,6 @@ holds, since none that is asked goes by where in its dimension an element stands
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import operator
 from collections.abc import Iterable
@@ -50,6 +49,7 @@ class Rules:
     def __init__(self, length: int) -> None:
         self.parts = _smallest_factor(length)
         self._answers: dict[Any, Flow | None] = {}
+        self._givers: dict[Any, Flow | None] = {}
 
     def given(self, node: fx.Node, places: Iterable[Place]) -> Flow | None:
         """The flow through ``node`` when its tensor arguments are placed so, if there is one.
@@ -66,6 +66,14 @@ class Rules:
 
     def giving(self, node: fx.Node, output: int, place: Place) -> Flow | None:
         """A flow through ``node`` that leaves its output number ``output`` sliced as ``place``."""
+        if node.meta.get("no_loop"):
+            return None
+        key = (_signature(node), output, place)
+        if key not in self._givers:
+            self._givers[key] = self._ask_giving(node, output, place)
+        return self._givers[key]
+
+    def _ask_giving(self, node: fx.Node, output: int, place: Place) -> Flow | None:
         if isinstance(place, int):
             flow = self._giving(node, output, place)
             if flow is not None:
@@ -191,19 +199,26 @@ def _nodes(values: Any) -> list[fx.Node]:
 
 
 def _signature(node: fx.Node) -> Any:
-    def leaf(n: fx.Node) -> Any:
-        value = n.meta.get("val")
-        if isinstance(value, torch.Tensor):
-            return ("t", tuple(map(str, value.shape)), tuple(map(str, value.stride())), value.dtype)
-        return ("o", n.name)
-
-    args = fx.node.map_arg((node.args, node.kwargs), lambda n: _Leaf(leaf(n)))
-    return (str(node.target), repr(args))
+    """Equal for nodes of which every question has the same answer."""
+    return str(node.target), _plain(node.args), _plain(node.kwargs)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Leaf:
-    what: Any
+def _plain(value: Any) -> Any:
+    """An argument as something that hashes: of a tensor what rules go by."""
+    if isinstance(value, fx.Node):
+        found = value.meta.get("val")
+        if not isinstance(found, torch.Tensor):
+            return "o", value.name
+        return "t", _numbers(found.shape), _numbers(found.stride()), found.dtype
+    if isinstance(value, (list, tuple)):
+        return type(value).__name__, *map(_plain, value)
+    if isinstance(value, dict):
+        return "d", *((key, _plain(each)) for key, each in value.items())
+    return type(value).__name__, repr(value)
+
+
+def _numbers(sizes: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple(size if type(size) is int else str(size) for size in sizes)
 
 
 #: Ops whose rules are asked of DTensor. Each is audited by running it whole and in parts: not

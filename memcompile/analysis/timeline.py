@@ -24,6 +24,10 @@ class Kind(enum.IntEnum):
     PART = 4  #: one of the outputs of an EXTERN op, allocated by it
 
 
+#: The same as plain numbers: a step is walked hundreds of times.
+SOURCE, POINTWISE, EXTERN, PART = map(int, (Kind.SOURCE, Kind.POINTWISE, Kind.EXTERN, Kind.PART))
+
+
 @dataclasses.dataclass(slots=True)
 class Op:
     """One op of one side, in the order it runs.
@@ -78,24 +82,28 @@ def materialise(ops: Sequence[Op]) -> Real:
     n = len(ops)
     users, hard = [0] * n, [op.keep for op in ops]
     copied = [False] * n  # real, but only in the shape a library call reads it in
-    called = [op.kind >= Kind.EXTERN for op in ops]
+    called = [op.kind >= EXTERN for op in ops]
     for op, call in zip(ops, called, strict=True):
         for i in op.inputs:
             users[i] += 1
             if call:
-                hard[i] |= i not in op.reshaped
-                copied[i] |= i in op.reshaped
-    hard = [h or (c and u == 1) for h, c, u in zip(hard, copied, users, strict=True)]
+                if i in op.reshaped:
+                    copied[i] = True
+                else:
+                    hard[i] = True
+    for j, copy in enumerate(copied):
+        if copy and users[j] == 1:
+            hard[j] = True
     real = [False] * n
     reads: list[set[int] | None] = [None] * n
     seconds = [0.0] * n
     awaits = [0] * n
     heavy = [op.heavy for op in ops]  # itself, or what it computes on the way
-    moved: list[set[int]] = [set() for _ in ops]
+    nothing: set[int] = set()
+    moved = [nothing] * n
     breaks = [op.breaks for op in ops]
-    source, pointwise = Kind.SOURCE, Kind.POINTWISE
     for j, op in enumerate(ops):
-        if op.kind == source:
+        if op.kind == SOURCE:
             real[j] = True
             continue
         touched: set[int] = set()
@@ -104,13 +112,19 @@ def materialise(ops: Sequence[Op]) -> Real:
             if real[i] or (copied[i] and i in op.reshaped):
                 touched.add(i)
                 if i in op.moved:
-                    moved[j].add(i)
+                    moved[j] = moved[j] | {i}
             else:
-                touched |= reads[i] or set()
-                moved[j] |= (reads[i] or set()) if i in op.moved else moved[i]
-                breaks[j] |= breaks[i]
+                inner = reads[i]
+                if inner:
+                    touched |= inner
+                other = inner if i in op.moved else moved[i]
+                if other:
+                    moved[j] = moved[j] | other
+                if breaks[i]:
+                    breaks[j] = breaks[j] | breaks[i]
                 cost += seconds[i]
-                heavy[j] |= heavy[i]
+                if heavy[i]:
+                    heavy[j] = True
         reads[j], seconds[j] = touched, cost
         calls = 0
         for i in touched:
@@ -119,16 +133,16 @@ def materialise(ops: Sequence[Op]) -> Real:
                 calls |= 1 << i
         awaits[j] = calls
         real[j] = (
-            op.kind != pointwise
+            op.kind != POINTWISE
             or hard[j]
             or op.drawn
             or (users[j] > 1 and (len(touched) > REUSED_READS or heavy[j]))
             or len(touched) > ACCUMULATED_READS
         )
     for j, copy in enumerate(copied):
-        real[j] |= copy
-        hard[j] |= copy
-    own = [touched or set() for touched in reads]
+        if copy:
+            real[j] = hard[j] = True
+    own = [touched or nothing for touched in reads]
     summed = _drop_inside_kernels(ops, hard, awaits, real, reads, seconds, moved, breaks)
     return Real(real, reads, seconds, awaits, summed, own, moved)
 
@@ -148,13 +162,10 @@ def _drop_inside_kernels(
     A draw depends on nothing but its seed, so the one kernel that reads it can draw it.
     Returns, for ops whose kernel holds such a reduction, what that one reads.
     """
-    loose = [
-        real[j] and not hard[j] and op.kind in (Kind.POINTWISE, Kind.REDUCTION)
-        for j, op in enumerate(ops)
-    ]
+    loose = [real[j] and not hard[j] and SOURCE < op.kind < EXTERN for j, op in enumerate(ops)]
     start: dict[int, int] = {}  # where the kernel that would hold a value begins
     for j, op in enumerate(ops):
-        if not real[j] or op.kind == Kind.SOURCE:
+        if not real[j] or op.kind == SOURCE:
             continue
         for i in reads[j] or ():
             if loose[i]:
@@ -170,7 +181,9 @@ def _drop_inside_kernels(
             merged = touched - inside
             for i in touched & inside:
                 merged |= reads[i] or set()
-                moved[j] |= (reads[i] or set()) if i in moved[j] else moved[i]
+                other = reads[i] if i in moved[j] else moved[i]
+                if other:
+                    moved[j] = moved[j] | other
                 if ops[i].kind == Kind.REDUCTION and breaks[i] != breaks[j]:
                     summed.setdefault(j, set()).update(reads[i] or ())
                 if i in summed:
@@ -231,22 +244,24 @@ def kernel_seconds(ops: Sequence[Op], real: Real, bandwidth: float, launch: floa
     """Predicted seconds of each op: see :meth:`Timeline.seconds`. A copy's are those to begin it
     and to wait for it."""
     found = [0.0] * len(ops)
-    shared: set[tuple[int, int]] = set()
-    calls = 0
+    shared: set[int] = set()  #: what was read since the last library call
+    sizes = [op.traffic or op.bytes for op in ops]
     for j, op in enumerate(ops):
         if op.moves:
             found[j] = 2 * launch
             continue
-        calls += op.kind >= Kind.EXTERN
-        if not real.real[j] or op.kind in (Kind.SOURCE, Kind.PART):
+        call = op.kind >= EXTERN
+        if call:
+            shared = set()
+        if not real.real[j] or op.kind in (SOURCE, PART):
             continue
         traffic = op.bytes
         for i in real.reads[j] or ():
-            if op.kind < Kind.EXTERN:
-                if (i, calls) in shared:
+            if not call:
+                if i in shared:
                     continue
-                shared.add((i, calls))
-            traffic += ops[i].traffic or ops[i].bytes
+                shared.add(i)
+            traffic += sizes[i]
         found[j] = max(real.seconds[j], traffic / bandwidth) + launch
     return found
 
@@ -285,7 +300,7 @@ def simulate(
     dies_into: dict[int, list[int]] = {}
     current = base
     for j, op in enumerate(ops):
-        if op.kind == Kind.SOURCE:
+        if op.kind == SOURCE:
             current += op.bytes
         if real.real[j] and last[j] < n:
             place = max(last[j], 0)
@@ -301,15 +316,15 @@ def simulate(
     largest = max((op.bytes for j, op in enumerate(ops) if real.real[j]), default=0)
     for j, op in enumerate(ops):
         current += taken.get(j, 0)
-        alone = op.kind >= Kind.EXTERN or not grouped
+        alone = op.kind >= EXTERN or not grouped
         if alone:
             current, waiting = current - waiting, 0
-        if op.kind != Kind.SOURCE and real.real[j] and j not in since:
+        if op.kind != SOURCE and real.real[j] and j not in since:
             summed = real.summed.get(j, set())
             if parted and summed:
                 thirds = (read & real.own[k] for k, read in real.summed.items() if k < j)
                 summed = summed - set().union(*thirds)
-            reuse = op.kind < Kind.EXTERN and any(
+            reuse = op.kind < EXTERN and any(
                 ops[i].bytes == op.bytes
                 and i not in summed
                 and i not in real.moved[j]
@@ -319,12 +334,12 @@ def simulate(
             if op.over:
                 dying = [i for i in _written_over(ops, last, j) if i not in longer]
                 over[j] = sum(ops[i].bytes for i in dying)
-                if op.kind == Kind.PART and dying:  # its memory is that of what dies
+                if op.kind == PART and dying:  # its memory is that of what dies
                     current -= op.bytes
                     freed[last[dying[0]]] -= op.bytes
             current += op.bytes
             live[j] = (current - op.bytes if reuse else current) + op.work
-            if op.kind != Kind.PART:
+            if op.kind != PART:
                 live[j] -= over.get(j, 0)
             if reuse:
                 current -= op.bytes
@@ -340,7 +355,7 @@ def simulate(
 def _written_over(ops: Sequence[Op], last: list[int], j: int) -> list[int]:
     """What an op writes over: of what it may, that which nothing else reads later."""
     op = ops[j]
-    ends = {i: last[i] for i in op.over if ops[i].kind != Kind.SOURCE and last[i] < len(ops)}
+    ends = {i: last[i] for i in op.over if ops[i].kind != SOURCE and last[i] < len(ops)}
     same = op.group or None  # loops that fill the same buffers end together
     return [i for i, end in ends.items() if end == j or ops[end].group == same]
 
@@ -350,9 +365,9 @@ def last_needs(ops: Sequence[Op], real: Real) -> list[int]:
     n = len(ops)
     last = [-1] * n
     for j, op in enumerate(ops):
-        if op.keep or (op.kind == Kind.SOURCE and not op.owned):
+        if op.keep or (op.kind == SOURCE and not op.owned):
             last[j] = n
-        if op.kind == Kind.SOURCE or not real.real[j]:
+        if op.kind == SOURCE or not real.real[j]:
             continue
         last[j] = max(last[j], j)
         for i in real.reads[j] or ():
