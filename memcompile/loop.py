@@ -328,7 +328,9 @@ class Looped:
         mode = self._fake_mode()
         _allow_scalar_outputs(mode)
         with uncached(mode), mode, torch.no_grad():
-            module = make_fx(function)(*values)
+            # A fake tensor keeps the number it was read as: each trace reads a counter of its own.
+            counter = torch.empty_like(values[0])
+            module = make_fx(function)(counter, *values[1:])
         for node in module.graph.nodes:
             node.meta.pop("from_node", None)
         return module

@@ -27,16 +27,20 @@ from memcompile.moments import large_at_peak
 from memcompile.plan import Drafted, Plan
 from memcompile.planner import Planner
 from memcompile.report import LoopRow
-from memcompile.state import Anew, State, looped, recounted, redrafted
+from memcompile.state import Anew, State, looped, recounted, redrafted, replanned
 from memcompile.step import source_line
 
 #: Rounds, at most.
 ROUNDS = 24
+#: How often the step with loops is planned anew, for more of them.
+TURNS = 3
 #: What a round must lower the excess to, as a share of itself.
 ENOUGH = 0.95
 #: What a loop must take off where the floor is looked for, as a share of the first excess: one
 #: layer is a small part of a step.
 WORTH = 0.004
+#: Or off the peak itself: the highest of many moments.
+LOWER = 0.02
 #: How many high moments of the step are looked at for the floor's sake.
 HIGHEST = 4
 #: How much of what chunk counts differ by may be given up for fewer of them.
@@ -142,7 +146,7 @@ class _Search:
         self.start, self.anew, self.planned, self.failed = start, anew, planned, failed
         self.known_forms: dict[Any, list[Form]] = {}
         self.known: dict[Any, State | None] = {}
-        self.in_vain: set[tuple[str, float]] = set()  #: values over which no loop has helped
+        self.in_vain: set[tuple[str, int, float]] = set()  #: values over which no loop has helped
         self.barred: set[tuple[str, int, int, int]] = set()  #: what cannot be traced
 
     @functools.cached_property
@@ -165,21 +169,43 @@ class _Search:
         fitting = _fitting(self.start, SURE * room)
         few = fitting.share >= SHALLOW.share  # a few loops may do
         aims = [_fitting(self.start, AIM * room) if few else SHALLOW]
-        for aim in (*aims, fitting, _deep_enough(self.start, room)):
+        for aim in (*aims, fitting):
             for state in self._found(aim, None if aim in aims else enough):
                 yield state, None
+        for state, planner in self._deeper(_deep_enough(self.start, room)):
+            floor = planner.drafted(planner.ladder.floor.plan)
+            if floor.peak <= enough:
+                eased = self.eased(state, planner.draft, floor, enough)
+                if eased is not state and self._fill(eased):
+                    yield eased, self.planned(eased.planner, planner)
+            yield state, planner
 
     def _least(self) -> Iterator[tuple[State, Planner]]:
         """What leaves least, with as few chunks as leave the floor where it is."""
-        state = self.rounds(DEEPEST)
-        while state.rows:
-            planner = self.planned(state.planner, None)
+        found = [*self._deeper(DEEPEST)]
+        if found:
+            state, planner = min(found, key=lambda each: each[1].ladder.floor.peak)
             floor = planner.drafted(planner.ladder.floor.plan)
             eased = self.eased(state, planner.draft, floor, floor.peak)
-            if self._fill(eased):
-                yield eased, planner if eased is state else self.planned(eased.planner, planner)
+            if eased is not state and self._fill(eased):
+                yield eased, self.planned(eased.planner, planner)
+            else:
+                yield state, planner
+
+    def _deeper(self, aim: _Aim) -> Iterator[tuple[State, Planner]]:
+        """Loops, the plan that leaves least with them, the loops that lower this one, and so on."""
+        state = self.start
+        for _ in range(TURNS):
+            new = self.rounds(aim, state)
+            if new is state:
                 return
-            state = self.rounds(DEEPEST)
+            if not self._fill(new):
+                continue
+            planner = self.planned(new.planner, None)
+            yield new, planner
+            if not new.planner.draft.step.sides.late:
+                return  # nothing is kept for a backward: one plan is like another
+            state = replanned(new, planner.ladder.floor.plan)
 
     def _found(self, aim: _Aim, enough: int | None) -> Iterator[State]:
         """What rounds lead to, the loops traced.
@@ -188,7 +214,7 @@ class _Search:
         these comes first.
         """
         while True:
-            state = self.rounds(aim)
+            state = self.rounds(aim, self.start)
             states = [state]
             if enough is not None and state.peak <= enough:
                 eased = self.eased(state, state.planner.draft, state.drafted, enough)
@@ -227,9 +253,8 @@ class _Search:
             return state
         return recounted(state, made, self.anew)
 
-    def rounds(self, aim: _Aim) -> State:
+    def rounds(self, aim: _Aim, state: State) -> State:
         """Loop after loop, until none helps; what helps in one block is done in all alike."""
-        state = self.start
         for _ in range(ROUNDS):
             found = self._round(state, aim)
             if found is None:
@@ -254,57 +279,63 @@ class _Search:
 
     def _round(self, state: State, aim: _Aim) -> tuple[_Over, State] | None:
         """The best loop over what is alive at the peak or, for the floor's sake, wherever helps."""
-        last = aim.share <= DEEPEST.share  # the first form holds more than the others do
+        last = aim.share <= DEEPEST.share
         for value in large_at_peak(state.planner.draft, state.drafted, HIGHEST if last else 1):
-            if (value.name, aim.share) in self.in_vain:
+            if (value.name, state.turn, aim.share) in self.in_vain:
                 continue
-            tried = []
-            for loops in _by_dim(state.loops, value):
-                found = self._forms(state, loops[0])
-                first = int(last and len(found) > 1)
-                tried += self._tried(state, found[first:], loops, first, last)
-            chosen = _chosen(state, aim, tried, self.start)
-            real = chosen and chosen.real()
+            for batch in (_wide, _grown) if last else (range,):
+                tried = []
+                for loops in _by_dim(state.loops, value):
+                    found = self._forms(state, loops[0])
+                    forms = {number: found[number] for number in batch(len(found))}
+                    tried += self._tried(state, forms, loops, last)
+                chosen = _chosen(state, aim, tried, self.start)
+                real = chosen and chosen.real()
+                if real is not None:
+                    break
             if real is not None:
                 loop, number = real.made[-1].loop, real.made[-1].form
                 form = self._forms(state, loop)[number]
                 return _Over(value.name, loop.dim, number, loop.chunks, _gives(form)), real
-            self.in_vain.add((value.name, aim.share))
+            self.in_vain.add((value.name, state.turn, aim.share))
         return None
 
     @functools.cached_property
     def narrow(self) -> frozenset[str]:
-        """What is alive where least is: with no backward, where layers begin and end."""
+        """What is alive where least is, which is where layers begin and end."""
         return frozenset(n.name for cut in narrow_cuts(self.start.planner.draft) for n in cut)
 
-    def _stops(self, state: State) -> Collection[fx.Node]:
-        """What no layer's loop goes past: what is saved or, with no backward, narrow places."""
-        step = state.planner.draft.step
+    def _stops(self, state: State) -> Iterator[Collection[fx.Node]]:
+        """What no layer's loop goes past: narrow places too or, where that leads to none, only what
+        is saved. A stream of which only the terms are saved is soon made again."""
+        step, kept = state.planner.draft.step, state.drafted.plan.kept
+        yield [node for node in step.nodes if node.name in self.narrow or node in kept]
         if step.sides.late:
-            return state.drafted.plan.kept
-        return [node for node in step.nodes if node.name in self.narrow]
+            yield kept
 
     def _forms(self, state: State, loop: Loop) -> list[Form]:
         key = state.shape, loop.value.name, loop.dim
         if key not in self.known_forms:
-            step = state.planner.draft.step
-            self.known_forms[key] = []
+            step, found = state.planner.draft.step, self.known_forms.setdefault(key, [])
             try:
-                self.known_forms[key] = list(forms(step, loop.value, loop.dim, self._stops(state)))
+                for stops in self._stops(state):
+                    found += forms(step, loop.value, loop.dim, stops)
+                    if found:
+                        break
             except Exception as error:  # a graph that no rule foresaw
                 self.failed(loop, error)
         return self.known_forms[key]
 
     def _tried(
-        self, state: State, found: list[Form], loops: list[Loop], first: int, deep: bool
+        self, state: State, forms: dict[int, Form], loops: list[Loop], deep: bool
     ) -> list[State]:
-        """The state with one more loop, in every form and count that can be written.
+        """The state with one more loop, in every form (by number) and count that can be written.
 
-        The forms are those of its region from number ``first`` on. One count is written, the one
-        that is likely to be taken; what others would leave is read off the cost of their trips.
+        One count is written, the one that is likely to be taken; what others would leave is read
+        off the cost of their trips.
         """
         made: list[State] = []
-        for number, form in enumerate(found, first):
+        for number, form in forms.items():
             able = [loop for loop in loops if loop.chunks <= form.region.length]
             if not able:
                 continue
@@ -338,6 +369,16 @@ class _Search:
         return self.known[key]
 
 
+def _wide(forms: int) -> range:
+    """Numbers of the forms that hold little: all but the first, where there are others."""
+    return range(max(0, min(1, forms - 1)), forms)
+
+
+def _grown(forms: int) -> range:
+    """That of the first form, where there are others: it holds more and moves less."""
+    return range(min(1, max(0, forms - 1)))
+
+
 def _what(loop: Loop, form: int) -> tuple[str, int, int, int]:
     """Equal for loops that are written alike, in whatever state."""
     return loop.value.name, loop.dim, form, loop.chunks
@@ -353,14 +394,17 @@ def _chosen(state: State, aim: _Aim, tried: list[State], start: State) -> State 
     """The quickest of those that leave about as little as any; ``None`` where none helps."""
     line = _line(state, aim.share)
     now = _above(state.drafted, line)
-    lefts = [_above(new.drafted, line) for new in tried]
-    least = (1 - ENOUGH) * now
+    lefts = {id(new): _above(new.drafted, line) for new in tried}
+    least, lower = (1 - ENOUGH) * now, 1.0
     if aim.share <= DEEPEST.share:
-        least = WORTH * _above(start.drafted, _line(start, aim.share))
-    if not tried or now - min(lefts) <= least:
+        least, lower = WORTH * _above(start.drafted, _line(start, aim.share)), LOWER
+    peak = state.peak - lower * _span(state)
+    helped = [new for new in tried if now - lefts[id(new)] > least or new.peak < peak]
+    if not helped:
         return None
-    about = min(lefts) + aim.near * (now - min(lefts))
-    close = [new for new, left in zip(tried, lefts, strict=True) if left <= about]
+    left = min(lefts[id(new)] for new in helped)
+    about = left + aim.near * (now - left)
+    close = [new for new in helped if lefts[id(new)] <= about]
     return min(close, key=lambda new: (new.drafted.seconds, new.peak))
 
 

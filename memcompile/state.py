@@ -38,6 +38,7 @@ class State:
     drafted: Drafted
     rows: tuple[LoopRow, ...] = ()
     made: tuple[Made, ...] = ()  #: the loops, one for each row
+    turn: int = 0  #: under which of the plans looked from it is drafted
     write: Callable[[], State | None] | None = None  #: set where only its draft is known
 
     def real(self) -> State | None:
@@ -54,9 +55,9 @@ class State:
         return self.drafted.peak
 
     @property
-    def shape(self) -> tuple[tuple[str, int, int, int], ...]:
-        """What its loops are over; states of one shape are the same."""
-        return tuple((row.value, row.dim, row.chunks, row.nodes) for row in self.rows)
+    def shape(self) -> tuple[object, ...]:
+        """What its loops are over, and its turn; states of one shape are the same."""
+        return self.turn, *((row.value, row.dim, row.chunks, row.nodes) for row in self.rows)
 
 
 #: A looped graph made into a step again: its planner, and the loops offered on it.
@@ -87,7 +88,7 @@ def looped(state: State, form: Form, number: int, loop: Loop, anew: Anew) -> Sta
     step, found = state.planner.draft.step, form.region
     made = Looped(form.step, found, loop.chunks, state.planner.draft.rates)
     planner, offers = anew(made.outline(), state.planner)
-    drafted = _drafted(planner, state)
+    drafted = _drafted(planner, state.drafted.plan)
     row = LoopRow(
         by=loop.by,
         value=loop.value.name,
@@ -103,7 +104,7 @@ def looped(state: State, form: Form, number: int, loop: Loop, anew: Anew) -> Sta
     alike = (o for o in state.loops if (o.value, o.dim) == (loop.value, loop.dim))
     counts = tuple(sorted(o.chunks for o in alike if o.chunks <= found.length))
     every = *state.made, Made(loop, number, counts, made)
-    return State(planner, offers, drafted, (*state.rows, row), every)
+    return State(planner, offers, drafted, (*state.rows, row), every, state.turn)
 
 
 def recounted(state: State, others: Sequence[Looped], anew: Anew) -> State:
@@ -114,7 +115,7 @@ def recounted(state: State, others: Sequence[Looped], anew: Anew) -> State:
         for node in loops_of(module.graph, costs):
             node.meta["loop"] = costs[body_of(node)]
     planner, offers = anew(module, state.planner)
-    drafted = _drafted(planner, state)
+    drafted = _drafted(planner, state.drafted.plan)
     rows = tuple(
         dataclasses.replace(row, chunks=each.chunks)
         for row, each in zip(state.rows, others, strict=True)
@@ -125,11 +126,17 @@ def recounted(state: State, others: Sequence[Looped], anew: Anew) -> State:
         )
         for old, each in zip(state.made, others, strict=True)
     ]
-    return State(planner, offers, drafted, rows, tuple(made))
+    return State(planner, offers, drafted, rows, tuple(made), state.turn)
 
 
-def _drafted(planner: Planner, like: State) -> Drafted:
-    """The draft under the plan of another state, whose values have the same names."""
-    kept = {node.name for node in like.drafted.plan.kept}
+def replanned(state: State, plan: Plan) -> State:
+    """The state under another plan, of a step whose values are named alike."""
+    drafted = _drafted(state.planner, plan)
+    return dataclasses.replace(state, drafted=drafted, turn=state.turn + 1)
+
+
+def _drafted(planner: Planner, plan: Plan) -> Drafted:
+    """The draft of what a plan keeps, of a step whose values are named alike."""
+    kept = {node.name for node in plan.kept}
     values = planner.draft.step.early_values()
     return planner.drafted(Plan(frozenset(n for n in values if n.name in kept)))
