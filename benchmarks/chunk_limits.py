@@ -38,6 +38,7 @@ LIMITS: dict[str, Limit] = {
     "transition-gelu": Limit(0.50, 0.9),
     "vocabulary": Limit(0.30, 1.15, amplify=2),
     "esmfold": Limit(0.30, None, "eager", below_alone=0.75, time_at_alone=1.2),
+    "esmfold-long": Limit(0.30, None, "eager", below_alone=0.75, time_at_alone=1.2),
     "evoformer": Limit(0.30, 1.3, "eager"),
     "inference": Limit(0.20, 1.1),
 }

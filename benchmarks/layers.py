@@ -7,6 +7,7 @@ comes in from above. Attention is plain torch, with its logits.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -186,6 +187,13 @@ def folding(scale: Scale = "default") -> Subject:
     return Subject("esmfold, inference", module, inputs, list(module.blocks), training=False)
 
 
+def long_trunk(scale: Scale = "default") -> Subject:
+    """ESMFold's trunk at twice the length: pair values are four times as large."""
+    return dataclasses.replace(
+        esmfold(scale, residues=128 if scale == "default" else 12), name="esmfold, L=128"
+    )
+
+
 LAYERS: dict[str, Callable[[Scale], Subject]] = {
     "triangle": triangle,
     "attention": attention,
@@ -196,6 +204,7 @@ LAYERS: dict[str, Callable[[Scale], Subject]] = {
     "transition-gelu": functools.partial(transition, gelu=True),
     "vocabulary": vocabulary,
     "esmfold": esmfold,
+    "esmfold-long": long_trunk,
     "evoformer": evoformer,
     "inference": folding,
 }

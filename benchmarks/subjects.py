@@ -270,10 +270,12 @@ def esmfold(
     scale: Scale = "default",
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    residues: int | None = None,
 ) -> Subject:
     """transformers' ESMFold trunk: two blocks, L = 64 residues; no dropout, as released.
 
-    The layers it starts at zero get small noise, or they would hide most gradients.
+    ``residues`` is another L. The layers it starts at zero get small noise, or they would hide
+    most gradients.
     """
     from transformers.models.esm import modeling_esmfold
     from transformers.models.esm.configuration_esm import TrunkConfig
@@ -286,6 +288,7 @@ def esmfold(
         length, c_s, c_z, width = 64, 256, 128, 32
     else:
         length, c_s, c_z, width = 10, 32, 16, 8
+    length = residues or length
     config = TrunkConfig(
         sequence_state_dim=c_s,
         pairwise_state_dim=c_z,

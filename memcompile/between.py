@@ -53,8 +53,7 @@ def find(
         return None
     module = Regrouped(step, grown.late(), grown.waiting).write()
     if module is not None:
-        static = [place for place, node in enumerate(step.primals) if node in step.static]
-        step = Step(module, step.num_outputs, static)
+        step = step.anew(module)
         names = {node.name for node in kept}
         by_name = {node.name: node for node in step.nodes}
         seed, kept = by_name[seed.name], [n for n in step.nodes if n.name in names]

@@ -21,6 +21,7 @@ from memcompile.analysis.cost import calibrate
 from memcompile.analysis.ops import runs_twice
 from memcompile.analysis.timeline import HELD
 from memcompile.contract import Loop, Proposal
+from memcompile.cuts import late_from
 from memcompile.draft import Draft
 from memcompile.errors import PassError
 from memcompile.explain import Explained, explain, number_loops
@@ -29,7 +30,7 @@ from memcompile.joint import prepare, reads_stale, redraws
 from memcompile.ladder import Ladder, fits_surely, merged
 from memcompile.looping import unseeded, with_loops
 from memcompile.lowering import Lowering
-from memcompile.options import Budget, Options
+from memcompile.options import Options, total_budget
 from memcompile.pipeline import Pipeline
 from memcompile.plan import Drafted, Plan
 from memcompile.planner import Planner
@@ -100,9 +101,9 @@ class Compiler:
             pass
         elif budget is None or chosen.peak > budget:
             plain = planner.build()
-            floor = plain.floor.plan
-            ladder = self._with_loops(planner, floor, loops, budget, plain, self._looped)
-            chosen = self._search(step, ladder, first, budget, plain)
+            search = Search(step, plain, self._lower_planned, first, self.held)
+            self._with_loops(planner, plain.floor.plan, loops, budget, search, self._looped)
+            chosen, ladder = self._search(search, budget, plain), search.ladder
         after = chosen.drafted
         explained = explain(
             step=step,
@@ -161,23 +162,24 @@ class Compiler:
         plan: Plan,
         loops: list[Loop],
         budget: int | None,
-        plain: Ladder,
+        search: Search,
         planner_of: Callable[[Planner], Planner],
-    ) -> Ladder:
-        """``plain``, and the rungs of the step with the loops that lower its peak merged in.
+    ) -> None:
+        """Merge the rungs of the step with the loops that lower its peak into a search's ladder.
 
         Args:
             base: of the step, to look for loops from.
             plan: what they are to lower.
             loops: those offered.
             budget: in total bytes, if there is one.
-            plain: the ladder without any.
+            search: its ladder is that without any.
             planner_of: the planner of a step with loops, made of the one they were found with.
         """
-        if not loops or fits_surely(plain, base.draft.before, budget, self.held):
-            return plain
+        if not loops or fits_surely(search.ladder, base.draft.before, budget, self.held):
+            return
         self._note(unseeded(loops))
-        self.looped, ladder, room = {}, plain, self._room(base, budget)
+        self.looped = {}
+        room = None if budget is None else budget - base.draft.before - self.held
 
         def planned(found: Planner, like: Planner | None) -> Planner:
             planner = planner_of(found)
@@ -192,14 +194,19 @@ class Compiler:
         found = with_loops(base, plan, loops, self._anew, planned, self._loop_failed, room)
         for planner, rows in found:
             self.looped[planner.draft.step] = rows
-            ladder = merged(ladder, planner.ladder)
-            if fits_surely(ladder, base.draft.before, budget, self.held):
+            search.ladder = merged(search.ladder, planner.ladder)
+            surely = fits_surely(search.ladder, base.draft.before, budget, self.held)
+            if surely or (budget is not None and self._fits(search, budget)):
                 break
-        return ladder
 
-    def _room(self, planner: Planner, budget: int | None) -> int | None:
-        """Bytes that a budget leaves to what the step makes."""
-        return None if budget is None else budget - planner.draft.before - self.held
+    def _fits(self, search: Search, budget: int) -> bool:
+        """Whether what has been found fits, lowered: then no more loops are looked for."""
+        try:
+            return search.fits(budget)
+        except Exception:  # met again, and said, when all is found
+            if self.options.strict:
+                raise
+            return False
 
     def _loop_failed(self, loop: Loop, error: Exception) -> None:
         """A loop that cannot be made is left out, and said to be."""
@@ -227,8 +234,7 @@ class Compiler:
         """
         number_loops(module)
         old = planner.draft.step
-        static = [place for place, node in enumerate(old.primals) if node in old.static]
-        step = Step(module, old.num_outputs, static)
+        step = old.anew(module)
         known, again = {n.name for n in old.nodes}, {n.name for n in planner.draft.again}
         able = frozenset(
             n
@@ -277,23 +283,21 @@ class Compiler:
     def _budget(self, step: Step, inductor: int) -> int | None:
         return total_budget(self.options, step.input_bytes() + self.held, inductor)
 
-    def _search(
-        self, step: Step, ladder: Ladder, first: Tried, budget: int | None, plain: Ladder
-    ) -> Tried:
+    def _search(self, search: Search, budget: int | None, plain: Ladder) -> Tried:
         """The closed loop; where Inductor cannot lower a loop, once more without any."""
-        search = Search(step, ladder, self._lower_planned, first, self.held)
         try:
             chosen = search.lowest() if budget is None else search.fitting(budget)
         except Exception as error:
-            if ladder is plain or self.options.strict:
+            if search.ladder is plain or self.options.strict:
                 raise
             self.notes.append(f"loops left out: Inductor raised {type(error).__name__}")
-            return self._search(step, plain, first, budget, plain)
+            search.ladder = plain
+            return self._search(search, budget, plain)
         if chosen is not None:
             return chosen
         assert budget is not None
         least = search.least
-        self._guard_refusal(step, least, budget)
+        self._guard_refusal(search.step, least, budget)
         raise refuse(
             self.options, least.step, least.drafted,
             budget=budget, floor=least.unpooled, held=self.held,
@@ -355,16 +359,17 @@ class Compiler:
         proposals: list[Proposal] = []
         chosen, floor = first if budget is None else first.within(budget), None
         if wanted and drafted.forward.ops and (budget is None or chosen.peak > budget):
-            late = Step(module, len(results), late_from=_late_from(step, drafted))
+            late = Step(module, len(results), late_from=late_from(step, drafted))
             proposals, _ = self._offers(late)
             planner = self._whole_planner(late, proposals)
             plain = planner.build()
             loops = self._offers(step, again=True)[1]
             base = Planner(self._draft(step, frozenset()), Plan(frozenset()), [])
-            ladder = self._with_loops(base, base.ground, loops, budget, plain, self._whole_looped)
-            step, floor = late, ladder.floor.peak
             first = dataclasses.replace(first, step=late, drafted=planner.ground_draft)
-            chosen = self._search(late, ladder, first, budget, plain)
+            search = Search(late, plain, self._lower_planned, first, self.held)
+            self._with_loops(base, base.ground, loops, budget, search, self._whole_looped)
+            chosen = self._search(search, budget, plain)
+            step, floor = late, search.ladder.floor.peak
         explained = explain(
             step=step,
             before=first.drafted,
@@ -385,7 +390,7 @@ class Compiler:
     def _whole_looped(self, found: Planner) -> Planner:
         """The planner of a graph without a split that has got loops."""
         inner = found.draft.step
-        from_here = _late_from(inner, found.drafted(Plan(frozenset())))
+        from_here = late_from(inner, found.drafted(Plan(frozenset())))
         late = Step(inner.module, inner.num_outputs, late_from=from_here)
         return self._whole_planner(late, self._offers(late, again=True)[0])
 
@@ -393,19 +398,3 @@ class Compiler:
         draft = self._draft(step, frozenset(p.value for p in proposals if p.rebuild is None))
         kept = frozenset(n for n in draft.needed_late if n.op == "call_function")
         return Planner(draft, Plan(kept), proposals)
-
-
-def _late_from(step: Step, drafted: Drafted) -> fx.Node:
-    """The node after the one at the peak, where a graph without a split is cut in two."""
-    line = drafted.forward
-    return line.ops[min(line.at + 1, len(line.ops) - 1)].node
-
-
-def total_budget(options: Options, before: int, inductor: int) -> int | None:
-    """The budget in total bytes, the reserve taken off; ``None`` for none and for "min"."""
-    limit: Budget = options.limit
-    if limit.kind == "bytes":
-        return int(limit.value) - options.reserve_bytes
-    if limit.kind == "share":
-        return before + int(limit.value * (inductor - before)) - options.reserve_bytes
-    return None

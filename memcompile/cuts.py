@@ -8,6 +8,8 @@ from torch import fx
 
 from memcompile.analysis.timeline import Kind
 from memcompile.draft import Draft
+from memcompile.plan import Drafted
+from memcompile.step import Step
 
 
 def narrow_cuts(
@@ -50,3 +52,9 @@ def _minima(sizes: list[int], sets: list[frozenset[fx.Node]]) -> list[frozenset[
             found[sets[place]] = None
     found.pop(frozenset(), None)
     return list(found)
+
+
+def late_from(step: Step, drafted: Drafted) -> fx.Node:
+    """The node after the one at the peak, where a graph without a split is cut in two."""
+    line = drafted.forward
+    return line.ops[min(line.at + 1, len(line.ops) - 1)].node

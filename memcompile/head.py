@@ -66,8 +66,7 @@ def forms(step: Step, seed: fx.Node, dim: int, kept: Collection[fx.Node] = ()) -
         others += [Form(*layer)] if layer else []
         yield min(others, key=lambda form: _crossing(form, kept)).settled()
     for module in early_gradients(step, found):
-        static = [place for place, node in enumerate(step.primals) if node in step.static]
-        other = Step(module, step.num_outputs, static)
+        other = step.anew(module)
         (same,) = (n for n in other.nodes if n.name == seed.name)
         whole = region.find(other, same, dim)
         if whole is not None and whole.late is None:

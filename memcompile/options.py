@@ -336,3 +336,13 @@ def _container_limit() -> int | None:
     except OSError:
         return None
     return int(text) if text.isdecimal() else None
+
+
+def total_budget(options: Options, before: int, inductor: int) -> int | None:
+    """The budget in total bytes, the reserve taken off; ``None`` for none and for "min"."""
+    limit: Budget = options.limit
+    if limit.kind == "bytes":
+        return int(limit.value) - options.reserve_bytes
+    if limit.kind == "share":
+        return before + int(limit.value * (inductor - before)) - options.reserve_bytes
+    return None

@@ -8,7 +8,7 @@ that is neither is computed again, as late as possible.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import fx
 
@@ -27,6 +27,11 @@ class Plan:
         """Equal plans have equal keys."""
         moves = frozenset((v, id(p.rebuild)) for v, p in self.rebuilt.items())
         return self.kept, moves
+
+    def keeping(self, values: Collection[fx.Node]) -> Plan:
+        """The plan with more values kept."""
+        rebuilt = {v: p for v, p in self.rebuilt.items() if v not in values}
+        return Plan(self.kept | frozenset(values), rebuilt)
 
 
 @dataclasses.dataclass(slots=True)

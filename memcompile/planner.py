@@ -65,13 +65,12 @@ class Planner:
     ) -> None:
         self.draft, self.ground, self.bound = draft, ground, bound
         self.proposals = proposals
-        self.offered: dict[fx.Node, list[Proposal]] = {}
-        for proposal in proposals:
-            self.offered.setdefault(proposal.value, []).append(proposal)
         self.limit = draft_limit(len(draft.step.nodes))
+        self.offered: dict[fx.Node, list[Proposal]] = {}
         self.again: dict[fx.Node, None] = {}
         self.others: dict[fx.Node, list[Proposal]] = {}
         for proposal in proposals:
+            self.offered.setdefault(proposal.value, []).append(proposal)
             if proposal.rebuild is None:
                 self.again[proposal.value] = None
             else:
@@ -216,7 +215,7 @@ class Planner:
             while batch < len(options) and added < stride:
                 added += options[batch][0]
                 batch += 1
-            new = self._try(_keeping(now.plan, [v for _, v in options[:batch]]))
+            new = self._try(now.plan.keeping([v for _, v in options[:batch]]))
             if new.plan.key() == now.plan.key():
                 return
             now = new
@@ -235,7 +234,7 @@ class Planner:
         for values in [(value,) for _, value in keeps[:most]] + several[:most]:
             if not self.left:
                 return
-            self._try(_keeping(now.plan, values))
+            self._try(now.plan.keeping(values))
         if most > 100:
             for pair in itertools.combinations(drops, 2):  # some pay only together
                 if not self.left:
@@ -245,7 +244,7 @@ class Planner:
                 for _, value in keeps:
                     if not self.left:
                         return
-                    self._try(_keeping(self._without(now.plan, [option]), [value]))
+                    self._try(self._without(now.plan, [option]).keeping([value]))
 
     def _without(self, plan: Plan, drops: Iterable[_Drop]) -> Plan:
         """The plan with values dropped; what the host has no room for stays as it is."""
@@ -399,9 +398,3 @@ class _Drop:
     other: Proposal | None  #: ``None``: run its op again
     bytes: int
     seconds: float
-
-
-def _keeping(plan: Plan, values: Iterable[fx.Node]) -> Plan:
-    values = list(values)
-    rebuilt = {v: p for v, p in plan.rebuilt.items() if v not in values}
-    return Plan(plan.kept | frozenset(values), rebuilt)

@@ -59,6 +59,7 @@ class Search:
         self.step, self.ladder = step, ladder
         self.lower, self.first, self.held = lower, first, held
         self.least = first  #: the lowest peak seen
+        self.known: dict[tuple[int, int | None], tuple[Rung, Tried]] = {}
 
     def lowest(self) -> Tried:
         """The least lowered peak found, ties by time; with loops what is as good is a tie."""
@@ -85,7 +86,7 @@ class Search:
         inputs = self.step.input_bytes()
         room = AIM * max(0, budget - inputs - self.held)
         floor = self.ladder.floor
-        rung = self.ladder.fit(inputs + int(room)) or floor
+        rung = self._aimed(budget) or floor
         tried = self._try(rung, budget)
         error = self._error(tried)
         other = self.ladder.fit(inputs + int(room / error)) or floor
@@ -104,11 +105,28 @@ class Search:
             tried = self._try(floor, budget)
         return tried if tried.peak <= budget else None
 
+    def fits(self, budget: int) -> bool:
+        """Whether a rung is drafted to be at most ``budget`` and, lowered, the cheapest one is."""
+        rung = self._aimed(budget)
+        return rung is not None and self._try(rung, budget).peak <= budget
+
+    def _aimed(self, budget: int) -> Rung | None:
+        """The cheapest rung drafted to fit."""
+        inputs = self.step.input_bytes()
+        return self.ladder.fit(inputs + int(AIM * max(0, budget - inputs - self.held)))
+
     def _above(self, floor: Tried) -> Rung:
         """The cheapest rung that was predicted to do better than the floor has done."""
         return self.ladder.fit(floor.peak - self.held - 1) or self.ladder.floor
 
     def _try(self, rung: Rung, budget: int | None) -> Tried:
+        """A rung lowered, once."""
+        key = id(rung), budget
+        if key not in self.known:
+            self.known[key] = rung, self._lowered(rung, budget)
+        return self.known[key][1]
+
+    def _lowered(self, rung: Rung, budget: int | None) -> Tried:
         planner: Planner = rung.planner
         step, drafted = planner.draft.step, planner.drafted(rung.plan)
         if step.late_from is not None:

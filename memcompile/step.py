@@ -306,10 +306,14 @@ class Step:
 
         return functools.cache(count)
 
+    def anew(self, module: fx.GraphModule) -> Step:
+        """The step of another graph of the same inputs and outputs."""
+        static = [place for place, node in enumerate(self.primals) if node in self.static]
+        return Step(module, self.num_outputs, static, self.late_from)
+
     def at(self, sizes: dict[sympy.Symbol, int]) -> Step:
         """The same step with other values for its symbolic sizes."""
-        static = [place for place, node in enumerate(self.primals) if node in self.static]
-        other = Step(self.module, self.num_outputs, static, self.late_from)
+        other = self.anew(self.module)
         other.sizes = self.symbols() | sizes
         return other
 

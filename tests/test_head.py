@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 import memcompile
-from memcompile import head, looping
+from memcompile import head, rounds
 from memcompile.loop import Looped
 
 PASSES = ["default", Chunk()]
@@ -142,7 +142,7 @@ def run(
     """The step in loops: with gradients taken in the forward, in the backward, or as chosen."""
     seen = Seen(early)
     with (
-        mock.patch.object(looping, "forms", seen.forms),
+        mock.patch.object(rounds, "forms", seen.forms),
         mock.patch.object(Looped, "fill", lambda looped, module: seen.fill(looped, module)),
     ):
         more = {"budget": "min", "passes": PASSES, "strict": True, **more}
@@ -196,7 +196,7 @@ def test_the_loss_is_scaled_outside_of_the_graph(scale: float) -> None:
 
 def test_a_backward_of_a_kept_graph_runs_twice() -> None:
     model, ids = double(Head, mean), words(97)
-    with mock.patch.object(looping, "forms", Seen(True).forms):
+    with mock.patch.object(rounds, "forms", Seen(True).forms):
         options = {"budget": "min", "lower": "eager", "passes": PASSES, "strict": True}
         out = torch.compile(model, backend="memopt", options=options)(ids)
     out.backward(retain_graph=True)
