@@ -14,11 +14,12 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import expected, memopt, observe, short_planning
+from helpers import assert_same, expected, memopt, observe, short_planning
 from hypothesis import given, settings
 from memcompile_passes.compress import Compress
 from memcompile_passes.compress.bits import coded, row_dim
 from memcompile_passes.compress.floats import holder
+from memcompile_passes.compress.integers import Checked, Integers
 from memcompile_passes.compress.triangles import Triangles, folded
 from torch import nn
 from torch._inductor.utils import run_and_get_code
@@ -658,6 +659,51 @@ def test_a_registered_codec_runs_when_named(registered: None) -> None:
     assert Compress().exactness == "bits"
 
 
+class Places(nn.Module):
+    """Integers of no bounds that the graph shows: running sums of an input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.mix = nn.Linear(8, 8), nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        y = self.first(x).tanh().sum(-1, keepdim=True) * steps.cumsum(0)
+        y = (y / 100).sin()
+        for _ in range(4):
+            y = self.mix(y).tanh()
+        return y.square().sum()
+
+
+@pytest.mark.parametrize("lower", ["eager", "inductor"])
+def test_integers_that_are_said_to_fit_are_checked_as_they_are_packed(lower: str) -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, inputs = Places(), [torch.randn(256, 8), torch.randint(3, (256, 64))]
+    step = memopt(model, "min", lower, passes="compress{fits=int16}", strict=True)
+    wanted = expected(model, inputs)
+    assert_same(observe(model, step, inputs), wanted, rtol=1e-3, atol=1e-4)
+    report = memcompile.reports()[-1]
+    assert {m.value: m.bytes for m in report.moves if m.how == "checked"} == {"cumsum": 2**17}
+    assert {ran.exactness for ran in report.passes} == {"bits"}
+    with pytest.raises(RuntimeError, match="node cumsum does not fit int16: leave out"):
+        step(inputs[0], 1000 * inputs[1])
+    model.zero_grad()
+    assert_same(observe(model, step, inputs), wanted, rtol=1e-3, atol=1e-4)  # the next step
+
+
+def test_without_the_users_word_nothing_is_checked_nor_what_the_graph_proves() -> None:
+    (graph,) = capture(Places(), torch.randn(256, 8), torch.randint(3, (256, 64)))
+    step = graph.step
+    (value,) = (n for n in step.nodes if n.name == "cumsum")
+    assert Integers().coding(value, step) is None
+    assert Checked(torch.int16).coding(value, step) is not None
+    weight = torch.randn(400, requires_grad=True)
+    (graph,) = capture(lambda x, w: w[x.argmax(1)] * w, torch.randn(400, 50), weight)
+    step = graph.step
+    places = [n for n in step.early_values() if n.name.startswith("argmax")]
+    assert places and all(Checked(torch.int16).coding(n, step) is None for n in places)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -665,6 +711,7 @@ def test_a_registered_codec_runs_when_named(registered: None) -> None:
         ("compress{codecs='integer'}", "'integer' .* is not a Codec"),
         ("compress{codecs='other'}", "'other' .* is a codec named 'halves'"),
         ("compress{least=-1}", "least=-1 is below 0"),
+        ("compress{fits=int7}", "fits='int7'; allowed: uint8, int8, int16, int32"),
     ],
 )
 def test_what_is_misspelt_is_an_error(text: str, says: str, registered: None) -> None:

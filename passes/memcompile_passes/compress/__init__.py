@@ -22,7 +22,7 @@ from memcompile_passes.compress.bits import Bits
 from memcompile_passes.compress.floats import Floats
 from memcompile_passes.compress.fp8 import Fp8
 from memcompile_passes.compress.groups import Groups
-from memcompile_passes.compress.integers import Integers
+from memcompile_passes.compress.integers import DTYPES, Checked, Integers
 from memcompile_passes.compress.scaled import Scaled, cast
 from memcompile_passes.compress.sensitive import Read, is_sensitive, unknown
 from memcompile_passes.compress.triangles import Triangles
@@ -57,6 +57,7 @@ class Compress(Proposer):
     least: int = 256  #: bytes; smaller values are left alone
     codecs: tuple[str | Codec, ...] | str = "default"  #: names, or codecs; "default": built-in
     factors: bool = True  #: whether to make values again that follow from others
+    fits: str = ""  #: what integers of no proved bounds fit, checked: uint8, int8, int16, int32
     lossy: str = ""  #: what else floats may be kept as: fp8, int8, int4, int2
     group: int = 64  #: elements that share a scale there, at most
     stochastic: bool = False  #: whether int8 rounds as int4 and int2 do
@@ -83,11 +84,21 @@ class Compress(Proposer):
         """The codecs, in order; one of each name."""
         found: dict[str, Codec] = {}
         named = (self.codecs,) if isinstance(self.codecs, str) else self.codecs
-        for given in (*named, *self._lossy):
+        for given in (*named, *self._checked, *self._lossy):
             for codec in EXACT if given == "default" else (_codec(given),):
                 if found.setdefault(codec.name, codec) is not codec:
                     raise ValueError(f"two codecs are named {codec.name!r}; name each once")
         return tuple(found.values())
+
+    @functools.cached_property
+    def _checked(self) -> tuple[Checked, ...]:
+        """The codec of integers that the user says fit."""
+        if not self.fits:
+            return ()
+        known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+        if self.fits not in known:
+            raise ValueError(f"fits={self.fits!r}; allowed: {', '.join(known)}")
+        return (Checked(known[self.fits]),)
 
     @functools.cached_property
     def _lossy(self) -> tuple[Scaled, ...]:
