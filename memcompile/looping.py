@@ -127,24 +127,22 @@ class _Search:
 
     def _least(self) -> Iterator[tuple[State, Planner]]:
         """What leaves least, with as few chunks as leave the floor where it is."""
-        found = [*self._deeper(DEEPEST)]
-        if found:
+        while found := [*self._deeper(DEEPEST, fill=False)]:
             state, planner = min(found, key=lambda each: each[1].ladder.floor.peak)
             floor = planner.drafted(planner.ladder.floor.plan)
             eased = self.eased(state, planner.draft, floor, floor.peak)
-            if eased is not state and self._fill(eased):
-                yield eased, self.planned(eased.planner, planner)
-            else:
-                yield state, planner
+            if self._fill(eased):
+                yield eased, planner if eased is state else self.planned(eased.planner, planner)
+                return
 
-    def _deeper(self, aim: Aim) -> Iterator[tuple[State, Planner]]:
+    def _deeper(self, aim: Aim, fill: bool = True) -> Iterator[tuple[State, Planner]]:
         """Loops, the plan that leaves least with them, the loops that lower this one, and so on."""
         state = self.start
         for _ in range(TURNS):
             new = self.rounds.run(aim, state)
             if new is state:
                 return
-            if not self._fill(new):
+            if fill and not self._fill(new):
                 continue
             planner = self.planned(new.planner, None)
             yield new, planner
