@@ -294,7 +294,7 @@ def compiles_of(compiled, *lengths: int) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lower", ["eager", "inductor"])
+@pytest.mark.parametrize("lower", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_lengths_that_fit_the_budget_share_one_plan(lower: str) -> None:
     model = dynamic_model()
     _, reports = planned(model, [tensor(40, 8)], "min", lower)
@@ -491,7 +491,7 @@ def energy_and_force(model: nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lower", ["eager", "inductor"])
+@pytest.mark.parametrize("lower", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_energy_and_force_training(autograd_in_graph: None, lower: str) -> None:
     class Potential(nn.Module):
         def __init__(self) -> None:
@@ -675,7 +675,7 @@ def test_a_saved_tensor_is_not_changed_under_the_backward() -> None:
         loss.backward()
 
 
-@pytest.mark.parametrize("lower", ["eager", "inductor"])
+@pytest.mark.parametrize("lower", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_autocast_by_the_user_outside(lower: str) -> None:
     model, x = stack(2).float(), tensor(6, 8, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

@@ -99,7 +99,7 @@ def test_budgets_are_even_and_include_both_ends() -> None:
     assert evenly(1000, 300, 1) == [300]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -219,7 +219,7 @@ class Checkpointed(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("lower", ["eager", "inductor"])
+@pytest.mark.parametrize("lower", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_checkpoint_regions(lower: str) -> None:
     check(Checkpointed(2), tensor(16, 8), lower=lower)
 
