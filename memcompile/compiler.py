@@ -175,7 +175,7 @@ class Compiler:
             search: its ladder is that without any.
             planner_of: the planner of a step with loops, made of the one they were found with.
         """
-        if not loops or fits_surely(search.ladder, base.draft.before, budget, self.held):
+        if not loops or self._fits(search, base, budget):
             return
         self._note(unseeded(loops))
         self.looped = {}
@@ -195,12 +195,13 @@ class Compiler:
         for planner, rows in found:
             self.looped[planner.draft.step] = rows
             search.ladder = merged(search.ladder, planner.ladder)
-            surely = fits_surely(search.ladder, base.draft.before, budget, self.held)
-            if surely or (budget is not None and self._fits(search, budget)):
+            if self._fits(search, base, budget):
                 break
 
-    def _fits(self, search: Search, budget: int) -> bool:
-        """Whether what has been found fits, lowered: then no more loops are looked for."""
+    def _fits(self, search: Search, base: Planner, budget: int | None) -> bool:
+        """Whether what has been found fits, surely or lowered: no more loops are looked for."""
+        if budget is None or fits_surely(search.ladder, base.draft.before, budget, self.held):
+            return budget is not None
         try:
             return search.fits(budget)
         except Exception:  # met again, and said, when all is found
@@ -236,14 +237,12 @@ class Compiler:
         old = planner.draft.step
         step = old.anew(module)
         known, again = {n.name for n in old.nodes}, {n.name for n in planner.draft.again}
-        able = frozenset(
-            n
-            for n in step.early_values()
-            if n.name in again or (n.name not in known and runs_twice(n) and not must_save(n))
-        )
+        new = [n for n in step.early_values() if n.name not in known]
+        able = {n for n in step.early_values() if n.name in again}
+        able |= {n for n in new if runs_twice(n) and not must_save(n)}
         kept = {n.name for n in planner.ground.kept}
         ground = Plan(frozenset(n for n in step.early_values() if n.name in kept))
-        found = Planner(self._draft(step, able, planner.draft), ground, [])
+        found = Planner(self._draft(step, frozenset(able), planner.draft), ground, ())
         return found, lambda: self._offers(step, again=True)[1]
 
     def _looped(self, found: Planner) -> Planner:
