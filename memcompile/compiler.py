@@ -200,8 +200,10 @@ class Compiler:
 
     def _fits(self, search: Search, base: Planner, budget: int | None) -> bool:
         """Whether what has been found fits, surely or lowered: no more loops are looked for."""
-        if budget is None or fits_surely(search.ladder, base.draft.before, budget, self.held):
-            return budget is not None
+        if budget is None:
+            return False
+        if fits_surely(search.ladder, base.draft.before, budget, self.held):
+            return True
         try:
             return search.fits(budget)
         except Exception:  # met again, and said, when all is found
@@ -237,13 +239,12 @@ class Compiler:
         old = planner.draft.step
         step = old.anew(module)
         known, again = {n.name for n in old.nodes}, {n.name for n in planner.draft.again}
-        new = [n for n in step.early_values() if n.name not in known]
-        able = {n for n in step.early_values() if n.name in again}
-        able |= {n for n in new if runs_twice(n) and not must_save(n)}
-        kept = {n.name for n in planner.ground.kept}
-        ground = Plan(frozenset(n for n in step.early_values() if n.name in kept))
-        found = Planner(self._draft(step, frozenset(able), planner.draft), ground, ())
-        return found, lambda: self._offers(step, again=True)[1]
+        values, kept = step.early_values(), {n.name for n in planner.ground.kept}
+        able = {n for n in values if n.name in again}
+        able |= {n for n in values if n.name not in known and runs_twice(n) and not must_save(n)}
+        ground = Plan(frozenset(n for n in values if n.name in kept))
+        draft = self._draft(step, frozenset(able), planner.draft)
+        return Planner(draft, ground, ()), lambda: self._offers(step, again=True)[1]
 
     def _looped(self, found: Planner) -> Planner:
         """The planner of a step with loops, with the moves of single values offered on it."""

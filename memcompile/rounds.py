@@ -208,12 +208,12 @@ class Rounds:
 
 def _wide(forms: int) -> range:
     """Numbers of the forms that hold little: all but the first, where there are others."""
-    return range(max(0, min(1, forms - 1)), forms)
+    return range(int(forms > 1), forms)
 
 
 def _grown(forms: int) -> range:
     """That of the first form, where there are others: it holds more and moves less."""
-    return range(min(1, max(0, forms - 1)))
+    return range(int(forms > 1))
 
 
 def what_of(loop: Loop, form: int) -> tuple[str, int, int, int]:

@@ -306,14 +306,14 @@ class Step:
 
         return functools.cache(count)
 
-    def anew(self, module: fx.GraphModule) -> Step:
+    def anew(self, module: fx.GraphModule, late_from: fx.Node | None = None) -> Step:
         """The step of another graph of the same inputs and outputs."""
         static = [place for place, node in enumerate(self.primals) if node in self.static]
-        return Step(module, self.num_outputs, static, self.late_from)
+        return Step(module, self.num_outputs, static, late_from)
 
     def at(self, sizes: dict[sympy.Symbol, int]) -> Step:
         """The same step with other values for its symbolic sizes."""
-        other = self.anew(self.module)
+        other = self.anew(self.module, self.late_from)
         other.sizes = self.symbols() | sizes
         return other
 
