@@ -483,7 +483,10 @@ def test_a_folded_triangle_comes_back(n: int, rest: list[int], at: int, side: st
         (lambda x, v: x + x.flip(0).T, False),
         (lambda x, v: x.tril(), True),
         (lambda x, v: x.triu(1).relu(), True),
-        (lambda x, v: torch.where(torch.ones(7, 7).tril().bool(), x, 0.0), False),  # not followed
+        (lambda x, v: torch.where(torch.ones(7, 7).tril().bool(), x, 0.0), True),
+        (lambda x, v: torch.where(torch.ones(7, 7).tril().bool(), x, -0.0), False),
+        (lambda x, v: torch.where(torch.arange(7)[:, None] > torch.arange(7), 0.0, x), True),
+        (lambda x, v: torch.where(torch.arange(7) % 3 > 0, 0.0, x), False),
         (lambda x, v: x.tril(1), False),
         (lambda x, v: x.tril(-1).bfloat16(), True),
         (lambda x, v: torch.where(x.T > 0, x, 0.0), False),
@@ -493,6 +496,53 @@ def test_triangles_are_read_off_the_graph(function: Any, found: bool) -> None:
     step = capture(lambda x, v: function(x * 2, v * 2), torch.randn(7, 7), torch.randn(7))[0].step
     (value, *_) = step.outputs
     assert (Triangles().coding(step.roots[value], step) is not None) is found
+
+
+FUTURE = (
+    lambda s: s.masked_fill(torch.ones(9, 9, dtype=torch.bool).triu(1), -torch.inf),
+    lambda s: s.masked_fill(torch.tril(torch.ones(9, 9)) == 0, -torch.inf) * 0.5,
+    lambda s: s + torch.full((9, 9), -torch.inf).triu(1),
+    lambda s: torch.where(torch.arange(9)[:, None] >= torch.arange(9), s, -torch.inf),
+    lambda s: s.masked_fill(torch.arange(9)[:, None] - torch.arange(9) > 3, -torch.inf).mT,
+)
+
+
+@pytest.mark.parametrize("masked", FUTURE[:4])
+@pytest.mark.parametrize("bad", [None, torch.nan, torch.inf, -torch.inf])
+def test_of_attention_under_a_causal_mask_a_triangle_is_kept(masked: Any, bad: Any) -> None:
+    def weights(q: torch.Tensor) -> torch.Tensor:
+        return masked(q @ q.mT).softmax(-1)
+
+    q = torch.randn(2, 9, 4)
+    if bad is not None:
+        q[0, 4, 1] = bad
+    step = capture(weights, q.requires_grad_())[0].step
+    (value, *_) = step.outputs
+    coding = Triangles().coding(step.roots[value], step)
+    assert coding is not None
+    with torch.no_grad():
+        whole = weights(q)
+        assert bad is None or whole.isnan().any()
+        assert same(coding.decode(coding.encode(whole)), whole)
+    checked = check_pass(Compress(least=0), lambda q: (weights(q) @ q).square().sum(), q)
+    assert checked.error == 0.0
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda s, mask: s.masked_fill(mask, -torch.inf).softmax(-1),  # what the mask is, is unknown
+        lambda s, mask: FUTURE[4](s).softmax(-1),  # a band
+        lambda s, mask: FUTURE[0](s).softmax(-2),  # over columns
+        lambda s, mask: s.masked_fill(torch.ones(9, 9).triu(1) > 0, -1e9).softmax(-1),
+        lambda s, mask: FUTURE[0](s).exp(),
+    ],
+)
+def test_other_attention_weights_are_no_triangles(function: Any) -> None:
+    scores, mask = torch.randn(2, 9, 9), torch.ones(9, 9, dtype=torch.bool).triu(1)
+    step = capture(lambda s, mask: function(s * 2, mask), scores, mask)[0].step
+    (value, *_) = step.outputs
+    assert Triangles().coding(step.roots[value], step) is None
 
 
 def test_of_symmetric_pairs_a_triangle_is_kept() -> None:
