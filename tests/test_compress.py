@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from helpers import assert_same, expected, memopt, observe, short_planning
 from hypothesis import given, settings
 from memcompile_passes.compress import Compress
-from memcompile_passes.compress.bits import coded, row_dim
+from memcompile_passes.compress.bits import Rows, coded
 from memcompile_passes.compress.floats import holder
 from memcompile_passes.compress.integers import Checked, Integers
 from memcompile_passes.compress.triangles import Triangles, folded
@@ -340,8 +340,8 @@ def test_what_is_packed_comes_back(
     packed = coding.encode(numbers)
     assert sum(part.nbytes for part in packed) == coding.bytes(numbers)
     assert torch.equal(coding.decode(*packed), numbers)
-    length = numbers.shape[row_dim(numbers, 8 // width)]
-    if length % (8 // width) == 0:
+    rows = Rows.of(numbers, width)
+    if numbers.shape[rows.dim] % rows.count == 0:
         assert coding.bytes(numbers) * 8 == numbers.numel() * width
 
 

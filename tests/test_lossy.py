@@ -191,7 +191,8 @@ def test_every_move_is_sound(lossy: str, dynamic: bool) -> None:
     assert checked.after < checked.before
 
 
-def test_compiled_steps_are_as_close_as_eager_ones() -> None:
+@pytest.mark.parametrize(("lossy", "word"), [("int8", "int8_t"), ("int4", "int32_t")])
+def test_compiled_steps_are_as_close_as_eager_ones(lossy: str, word: str) -> None:
     """Outputs have no error at all; gradients have that of the codec, in kernels too."""
     model, step, x = tanhs(torch.float32)
 
@@ -205,20 +206,20 @@ def test_compiled_steps_are_as_close_as_eager_ones() -> None:
     exact_loss, exact = gradients("", "eager")
     errors = []
     for lower in ("eager", "inductor"):
-        passes = "compress{lossy=int8,factors=False}"
+        passes = f"compress{{lossy={lossy},factors=False}}"
         (loss, got), codes = run_and_get_code(functools.partial(gradients, passes, lower))
-        assert "int8" in [move.how for move in memcompile.reports()[-1].moves]
+        assert lossy in [move.how for move in memcompile.reports()[-1].moves]
         torch.testing.assert_close(loss, exact_loss, rtol=1e-4, atol=0)
         errors.append(float((got - exact).norm() / exact.norm()))
-    assert min(errors) > 0 and max(errors) < Int8().error
+    assert min(errors) > 0 and max(errors) < LOSSY[lossy]().error
     assert max(errors) < 1.3 * min(errors)  # the same codes, but for numbers at a step's edge
 
     forward, backward = codes  # no function of the forward's only encodes, none only decodes
     written = [pointers(given) for _, given, _ in KERNEL.findall(forward)]
-    encoding = [set(dtypes.values()) for dtypes in written if "int8_t" in dtypes.values()]
+    encoding = [set(dtypes.values()) for dtypes in written if word in dtypes.values()]
     assert len(encoding) >= 2 and all("float" in dtypes for dtypes in encoding)
-    read = [given for _, given, _ in KERNEL.findall(backward) if "int8_t" in given]
-    assert len(read) >= 3 and all(given.count("int8_t") == 1 for given in read)
+    read = [given for _, given, _ in KERNEL.findall(backward) if word in given]
+    assert len(read) >= 3 and all(given.count(word) == 1 for given in read)
     assert all(dtypes == {"float"} for dtypes in loops_written(backward))
 
 

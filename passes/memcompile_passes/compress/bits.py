@@ -1,18 +1,19 @@
-"""Bits: eight booleans in a byte, four numbers below four, or two below sixteen.
+"""Bits: eight booleans in a byte, sixteen numbers below four in four, or eight below sixteen.
 
 PyTorch keeps a boolean in a whole byte. Masks as bits: Jain et al., "Gist: Efficient Data
 Encoding for Deep Neural Network Training" (2018), §4.
 
-A byte holds neighbours along one dimension, the outermost in memory that eight divides: the same
-place in eight rows. So rows are read and written as they lie in memory, and eight that share their
-bytes one after the other.
+A word holds neighbours along one dimension, the outermost in memory that words divide: the same
+place in eight rows, or sixteen. So rows are read and written as they lie in memory, and those that
+share their words one after the other. Where they divide none a word is a byte, of fewer neighbours.
 
-Numbers are moved in the dtypes that CPUs have vectors of: as floats on the way in, as int32 on
-the way out. Inductor's C++ shifts bytes, and makes bytes of masks, far slower.
+Numbers are moved in the dtypes that CPUs have vectors of: as floats into bytes, else as int32.
+Inductor's C++ shifts bytes, and makes bytes of masks, far slower.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import ClassVar
 
@@ -47,54 +48,77 @@ class Bits(Codec):
 
 def coded(tensor: torch.Tensor, width: int) -> Coding:
     """Numbers of ``width`` bits, along the dimension that wastes least."""
-    count, dim = 8 // width, row_dim(tensor, 8 // width)
-    return Coding(
-        encode=functools.partial(pack, dim=dim, width=width),
-        decode=functools.partial(unpack, dim=dim, width=width, like=tensor),
-        bytes=lambda x: x.numel() // x.shape[dim] * ((x.shape[dim] + count - 1) // count),
-    )
+    rows = Rows.of(tensor, width)
+    return Coding(rows.pack, functools.partial(rows.unpack, like=tensor), rows.bytes)
 
 
-def row_dim(tensor: torch.Tensor, count: int) -> int:
-    """The outermost dimension in memory that ``count`` divides, else the longest known one."""
-    outer = sorted(range(tensor.dim()), key=lambda dim: -hint(tensor.stride(dim)))
-    whole = [d for d in outer if isinstance(n := tensor.shape[d], int) and n and n % count == 0]
-    known = [d for d in outer if isinstance(tensor.shape[d], int)]
-    return next(iter(whole), max(known or outer, key=lambda d: hint(tensor.shape[d])))
+#: The bits of a word, by those of its numbers: such that so many rows are added up in a loop.
+WORDS = {1: 8, 2: 32, 4: 32}
 
 
-def pack(x: torch.Tensor, dim: int, width: int) -> tuple[torch.Tensor, ...]:
-    """``x`` with ``8 / width`` neighbours along dimension ``dim`` in one byte.
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """How neighbours share a word."""
 
-    A symbolic length is stored as that of a tensor without elements.
-    """
-    count, length = 8 // width, x.shape[dim]
-    short, numbers = (length + count - 1) // count, x
-    if not isinstance(length, int):
-        more = [short * count - length if d == dim else n for d, n in enumerate(x.shape)]
-        numbers = torch.cat([x.to(torch.uint8), x.new_zeros(more, dtype=torch.uint8)], dim)
-    elif length % count:
-        rest = [0, 0] * (x.dim() - dim - 1) + [0, short * count - length]
-        numbers = pad(x.to(torch.uint8), rest)
-    weights = torch.bitwise_left_shift(1, places(x, dim, width)).float()
-    moved = numbers.unflatten(dim, (short, count)).float() * weights
-    packed = moved.to(torch.uint8).sum(dim + 1, dtype=torch.uint8)
-    return (packed,) if isinstance(length, int) else (packed, x.new_empty((length, 0)))
+    dim: int  #: along which they are
+    count: int  #: of them in a word
+    width: int  #: bits of each
 
+    @classmethod
+    def of(cls, tensor: torch.Tensor, width: int) -> Rows:
+        """Along the outermost dimension in memory that words divide; else what wastes least."""
+        outer = sorted(range(tensor.dim()), key=lambda dim: -hint(tensor.stride(dim)))
+        known = [d for d in outer if isinstance(tensor.shape[d], int)]
+        for count in (WORDS[width] // width, 8 // width):
+            for dim in known:
+                if tensor.shape[dim] and tensor.shape[dim] % count == 0:
+                    return cls(dim, count, width)
+        return cls(max(known or outer, key=lambda d: hint(tensor.shape[d])), 8 // width, width)
 
-def unpack(
-    packed: torch.Tensor, *lengths: torch.Tensor, dim: int, width: int, like: torch.Tensor
-) -> torch.Tensor:
-    """What :func:`pack` packed, in the dtype of ``like``."""
-    moved = packed.unsqueeze(dim + 1).int().bitwise_right_shift(places(packed, dim, width))
-    numbers = moved.bitwise_and(2**width - 1).flatten(dim, dim + 1)
-    length = lengths[0].shape[0] if lengths else like.shape[dim]
-    if not isinstance(length, int) or length % (8 // width):
-        numbers = numbers.narrow(dim, 0, length)
-    return numbers.to(like.dtype)
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of a word."""
+        return torch.uint8 if self.count * self.width == 8 else torch.int32
 
+    def bytes(self, x: torch.Tensor) -> int:
+        """What ``x`` takes packed."""
+        words = (x.shape[self.dim] + self.count - 1) // self.count
+        return x.numel() // x.shape[self.dim] * words * self.dtype.itemsize
 
-def places(like: torch.Tensor, dim: int, width: int) -> torch.Tensor:
-    """How far neighbours along ``dim`` are moved up in their byte."""
-    shifts = width * torch.arange(8 // width, dtype=torch.int32, device=like.device)
-    return shifts.view(-1, *[1] * (like.dim() - 1 - dim))
+    def pack(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """``x`` in words.
+
+        A symbolic length is stored as that of a tensor without elements.
+        """
+        dim, count, length = self.dim, self.count, x.shape[self.dim]
+        short, numbers = (length + count - 1) // count, x
+        if not isinstance(length, int):
+            more = [short * count - length if d == dim else n for d, n in enumerate(x.shape)]
+            numbers = torch.cat([x.to(torch.uint8), x.new_zeros(more, dtype=torch.uint8)], dim)
+        elif length % count:
+            rest = [0, 0] * (x.dim() - dim - 1) + [0, short * count - length]
+            numbers = pad(x.to(torch.uint8), rest)
+        apart = numbers.unflatten(dim, (short, count))
+        if self.dtype is torch.uint8:
+            moved = apart.float() * torch.bitwise_left_shift(1, self.places(x)).float()
+            packed = moved.to(torch.uint8).sum(dim + 1, dtype=torch.uint8)
+        else:
+            moved = apart.int().bitwise_left_shift(self.places(x))
+            packed = moved.sum(dim + 1, dtype=torch.int32)
+        return (packed,) if isinstance(length, int) else (packed, x.new_empty((length, 0)))
+
+    def unpack(
+        self, packed: torch.Tensor, *lengths: torch.Tensor, like: torch.Tensor
+    ) -> torch.Tensor:
+        """What :meth:`pack` packed, in the dtype of ``like``."""
+        moved = packed.unsqueeze(self.dim + 1).int().bitwise_right_shift(self.places(packed))
+        numbers = moved.bitwise_and(2**self.width - 1).flatten(self.dim, self.dim + 1)
+        length = lengths[0].shape[0] if lengths else like.shape[self.dim]
+        if not isinstance(length, int) or length % self.count:
+            numbers = numbers.narrow(self.dim, 0, length)
+        return numbers.to(like.dtype)
+
+    def places(self, like: torch.Tensor) -> torch.Tensor:
+        """How far neighbours are moved up in their word."""
+        shifts = self.width * torch.arange(self.count, dtype=torch.int32, device=like.device)
+        return shifts.view(-1, *[1] * (like.dim() - 1 - self.dim))

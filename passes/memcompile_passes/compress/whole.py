@@ -8,12 +8,11 @@ and no random stream is read.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import ClassVar
 
 import torch
-from memcompile_passes.compress.bits import pack, row_dim, unpack
+from memcompile_passes.compress.bits import Rows
 from memcompile_passes.compress.scaled import Packing, Scaled, cast, finite
 
 
@@ -63,25 +62,23 @@ class Int8(Whole):
 
 
 class Packed(Whole):
-    """Several to a byte."""
+    """Several to a word."""
 
     width: ClassVar[int]
 
     def packing(self, turned: torch.Tensor) -> Packing:
         """Neighbours along the dimension that ``bits`` would take."""
-        count = 8 // self.width
-        dim, zero = row_dim(turned, count), self.levels + 1
+        rows, zero = Rows.of(turned, self.width), self.levels + 1
         like = turned.new_empty(turned.shape, dtype=torch.float32)
-        out = functools.partial(unpack, dim=dim, width=self.width, like=like)
         return Packing(
-            lambda codes: pack(codes + zero, dim, self.width),
-            lambda *stored: out(*stored) - zero,
-            lambda x: x.numel() // turned.shape[dim] * ((turned.shape[dim] + count - 1) // count),
+            lambda codes: rows.pack(codes + zero),
+            lambda *stored: rows.unpack(*stored, like=like) - zero,
+            lambda x: rows.bytes(turned),
         )
 
 
 class Int4(Packed):
-    """Two to a byte, from -7 to 7."""
+    """Half a byte each, from -7 to 7."""
 
     name: ClassVar[str] = "int4"
     levels: ClassVar[float] = 7.0
@@ -89,7 +86,7 @@ class Int4(Packed):
 
 
 class Int2(Packed):
-    """Four to a byte: minus one, zero, one."""
+    """A quarter of a byte each: minus one, zero, one."""
 
     name: ClassVar[str] = "int2"
     levels: ClassVar[float] = 1.0
