@@ -24,6 +24,7 @@ from memcompile._torch.draws import exact_draws
 from memcompile._torch.fusion import in_order, prompt_kernels
 from memcompile._torch.loops import cached_loops, released_loops
 from memcompile._torch.pieces import any_fake
+from memcompile._torch.units import whole_units
 from memcompile.analysis.cost import calibrate
 from memcompile.analysis.timeline import HELD
 from memcompile.compiler import Compiler, Outcome
@@ -199,13 +200,14 @@ class _Job:
                 self.options.inductor.get("joint_custom_pre_pass"), _Rewrites(self)
             ),
         }
-        return _torch.compile_fx(
-            self.gm,
-            self.example_inputs,
-            inner_compile=self._inner,
-            config_patches=patches,
-            decompositions=self._table(),
-        )
+        with whole_units():  # here too: what is cached is loaded without the inner compiler
+            return _torch.compile_fx(
+                self.gm,
+                self.example_inputs,
+                inner_compile=self._inner,
+                config_patches=patches,
+                decompositions=self._table(),
+            )
 
     def _patches(self) -> dict[str, Any]:
         """What the user asks of Inductor."""
@@ -225,7 +227,10 @@ class _Job:
         patched = _torch.inductor_config.patch(patches)
         fusion = prompt_kernels(HELD) if self.compiler.prompt else contextlib.nullcontext()
         ordered = in_order(self.compiler.ordered)
-        with patched, released_loops(), cached_loops(gm), exact_draws(), fusion, ordered:
+        loops = released_loops(), cached_loops(gm)
+        with contextlib.ExitStack() as stack:
+            for context in (patched, *loops, exact_draws(), fusion, ordered, whole_units()):
+                stack.enter_context(context)
             return _torch.compile_fx_inner(gm, example_inputs, **kwargs)
 
     def _eager(self) -> Callable[..., Any]:

@@ -108,11 +108,18 @@ def run(folder: Path, *args: str, source: str = SCRIPT) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def libraries(folder: Path) -> set[str]:
+    """The compiled kernels on disk."""
+    return {path.name for path in folder.rglob("*.so")}
+
+
 @pytest.mark.slow
 def test_a_second_process_plans_nothing_and_has_its_report(tmp_path: Path) -> None:
-    first, second = run(tmp_path), run(tmp_path)
+    first, built = run(tmp_path), libraries(tmp_path)
+    second = run(tmp_path)
     assert not first["cached"] and first["moves"]
     assert second["cached"] and second["hits"] == 1
+    assert built and libraries(tmp_path) == built  # no kernel was compiled
     for key in ("lowered", "moves", "loss", "gradient"):
         assert first[key] == second[key]
 
@@ -130,7 +137,10 @@ def test_editing_a_pass_invalidates_the_cache(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_second_process_has_its_loops_from_the_cache(tmp_path: Path) -> None:
-    first, second, other = (run(tmp_path, inner, source=LOOPED) for inner in ("sin", "sin", "cos"))
+    first, built = run(tmp_path, "sin", source=LOOPED), libraries(tmp_path)
+    second = run(tmp_path, "sin", source=LOOPED)
+    assert built and libraries(tmp_path) == built
+    other = run(tmp_path, "cos", source=LOOPED)
     assert not first["cached"] and first["loops"] and not first["graphs"]
     assert second["cached"] and second["hits"] == 1 and second["graphs"] == 2
     for key in ("loops", "lowered", "measured", "forward"):
