@@ -25,7 +25,6 @@ from memcompile.cuts import late_from
 from memcompile.draft import Draft
 from memcompile.errors import PassError
 from memcompile.explain import Explained, explain, number_loops
-from memcompile.garbage import uncollected
 from memcompile.joint import prepare, reads_stale, redraws
 from memcompile.ladder import Ladder, fits_surely, merged
 from memcompile.looping import unseeded, with_loops
@@ -34,6 +33,7 @@ from memcompile.options import Options, total_budget
 from memcompile.pipeline import Pipeline
 from memcompile.plan import Drafted, Plan
 from memcompile.planner import Planner
+from memcompile.planning import planning
 from memcompile.refusal import refuse
 from memcompile.report import LoopRow
 from memcompile.search import Search, Tried
@@ -72,7 +72,7 @@ class Compiler:
 
     # -- training steps ---------------------------------------------------------------
 
-    @uncollected()
+    @planning()
     def step(self, module: fx.GraphModule, num_outputs: int, static: tuple[int, ...]) -> Outcome:
         """Plan a joint graph and split it.
 
@@ -336,7 +336,7 @@ class Compiler:
 
     # -- graphs that are not split ------------------------------------------------------
 
-    @uncollected()
+    @planning()
     def whole(self, module: fx.GraphModule) -> tuple[fx.GraphModule, Explained]:
         """Plan a graph without a split: inference, a backward inside it, an optimizer.
 

@@ -8,8 +8,11 @@ from torch import fx
 
 from memcompile.analysis.timeline import Kind
 from memcompile.draft import Draft
-from memcompile.plan import Drafted
+from memcompile.plan import Drafted, Plan
 from memcompile.step import Step
+
+#: How many layers make a segment.
+SEGMENTS = (1, 2, 3, 4, 6, 8)
 
 
 def narrow_cuts(
@@ -58,3 +61,10 @@ def late_from(step: Step, drafted: Drafted) -> fx.Node:
     """The node after the one at the peak, where a graph without a split is cut in two."""
     line = drafted.forward
     return line.ops[min(line.at + 1, len(line.ops) - 1)].node
+
+
+def segment_seeds(draft: Draft, candidates: frozenset[fx.Node]) -> list[Plan]:
+    """Plans that keep only what crosses narrow places of the forward: all, or every so many."""
+    cuts = narrow_cuts(draft, candidates)
+    seeds = dict.fromkeys(frozenset[fx.Node]().union(*cuts[::every]) for every in SEGMENTS)
+    return [Plan(kept) for kept in seeds]

@@ -5,10 +5,8 @@ and a draft that says what a plan costs. Several walks, from Inductor's own spli
 and from segment checkpoints up, leave rungs: plans that no other plan beats in both
 peak and seconds. The plan for a budget is the cheapest rung that fits, so a lower
 budget never gets a higher peak. Limits are counted in drafts, never in wall clock, so
-the same step always gets the same ladder.
-
-Segments: Chen et al. 2016, §3; greedy by bytes a second: cf. Kirisame et al. 2021
-(Dynamic Tensor Rematerialization), §3.
+the same step always gets the same ladder. Segments: Chen et al. 2016, §3; greedy by bytes
+a second: cf. Kirisame et al. 2021 (Dynamic Tensor Rematerialization), §3.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from torch import fx
 from memcompile.alike import families
 from memcompile.analysis.timeline import Kind
 from memcompile.contract import Proposal
-from memcompile.cuts import narrow_cuts
+from memcompile.cuts import segment_seeds
 from memcompile.draft import Draft
 from memcompile.ladder import Ladder, Rung
 from memcompile.plan import Drafted, Plan
@@ -37,7 +35,7 @@ from memcompile.ways import (
     pinned_bytes,
 )
 
-#: Rungs a walk aims for, and drafts in all, by the size of the step.
+#: Rungs a walk aims for.
 STEPS = 40
 
 
@@ -91,10 +89,16 @@ class Planner:
     # -- the walks ------------------------------------------------------------------
 
     def build(self) -> Ladder:
-        """All walks, merged into one ladder."""
+        """All walks, merged into one ladder, and what running ops again comes to by itself."""
         self._try(self.ground)
+        if self.others and self.again:
+            moves = [move for move in self.proposals if move.rebuild is None]
+            plain = Planner(self.draft, self.ground, moves, self.bound)
+            plain.limit = self.limit
+            plain.build()
+            self.follow(plain)
         self._walk_down(self.ground, self.limit // 3)
-        seeds = self._segment_seeds()
+        seeds = segment_seeds(self.draft, self.is_candidate)
         for number, seed in enumerate(seeds):
             left = self.limit - self.drafts
             share = left // (2 * (len(seeds) - number) + 1)
@@ -373,21 +377,6 @@ class Planner:
         order = self.draft.step.order
         scored.sort(key=lambda s: (-s[0], order[s[2]]))
         return [(size, node) for _, size, node in scored]
-
-    # -- seeds ----------------------------------------------------------------------
-
-    def _segment_seeds(self) -> list[Plan]:
-        """Keep only what crosses narrow places of the forward; recompute the rest."""
-        cuts = narrow_cuts(self.draft, self.is_candidate)
-        seeds, taken = [], set()
-        for every in (1, 2, 3, 4, 6, 8):
-            chosen = cuts[::every]
-            kept = frozenset().union(*chosen) if chosen else frozenset()
-            if kept in taken:
-                continue
-            taken.add(kept)
-            seeds.append(Plan(kept))
-        return seeds
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

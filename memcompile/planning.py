@@ -1,10 +1,19 @@
-"""When cyclic garbage is collected: planning makes much of it, and torch is large."""
+"""What is left out while a step is planned, which makes many graphs and much garbage."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 from collections.abc import Iterator
+
+from memcompile._torch.symbols import unchecked_nodes
+
+
+@contextlib.contextmanager
+def planning() -> Iterator[None]:
+    """Within the block a step is planned: no garbage is collected, no node checked."""
+    with unchecked_nodes(), uncollected():
+        yield
 
 
 @contextlib.contextmanager
