@@ -1,9 +1,10 @@
-"""Buffers of loops, laid out as the products want them that read them whole.
+"""What products in loops read, laid out as they want it.
 
 A batched product takes its matrices as they lie where one of their two dimensions is the
 innermost; any other operand a library copies, matrix by matrix, in every trip of a loop anew.
 The factor of a triangle multiplication is such a one: its channels are the batch, and lie
-innermost. Where such products alone read what a loop fills, the loop fills it in their order.
+innermost. Where such products alone read what a loop fills, the loop fills it in their order; what
+they alone read of what is made elementwise, before a loop or in a trip, is made in it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import torch
 from torch import fx
 
 from memcompile import _torch
-from memcompile.step import is_loop, is_view
+from memcompile.analysis.ops import classify
+from memcompile.analysis.timeline import Kind
+from memcompile.step import is_loop, is_view, view_base
 
 aten = torch.ops.aten
 
@@ -31,7 +34,7 @@ WRITES = aten.copy_.default
 
 
 def lay_out(module: fx.GraphModule) -> None:
-    """Lay out the buffers of a finished graph's loops for the products that read them.
+    """Lay out what the products in a finished graph's loops read.
 
     Args:
         module: the graph, changed in place; bodies that change are copied.
@@ -41,9 +44,35 @@ def lay_out(module: fx.GraphModule) -> None:
         buffer = _buffer(made)
         if buffer is not None:
             changed |= _LayingOut(module, made, buffer).write()
+    for loop in [node for node in module.graph.nodes if is_loop(node)]:
+        for value in dict.fromkeys(map(_base, loop.args[3])):
+            if _is_elementwise(value):
+                changed |= _LayingOut(module, value, value).write()
+        body = _copied(getattr(module, loop.args[1].target))
+        values = [node for node in body.graph.nodes if _is_elementwise(node)]
+        if any([_LayingOut(body, value, value).write() for value in values]):
+            _put(module, loop, body)
+            changed = True
     if changed:
         module.graph.eliminate_dead_code()
         module.recompile()
+
+
+def _base(node: fx.Node) -> fx.Node:
+    """What a chain of views shows."""
+    while is_view(node) and node.target is not operator.getitem:
+        node = view_base(node)
+    return node
+
+
+def _is_elementwise(node: fx.Node) -> bool:
+    """Whether the node makes a tensor that can be made in another order as well."""
+    if node.op != "call_function" or node.meta.get("buffer") or is_loop(node) or is_view(node):
+        return False
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or any(type(size) is not int for size in value.shape):
+        return False
+    return classify(node) == Kind.POINTWISE and node.target is not WRITES
 
 
 def _buffer(made: fx.Node) -> fx.Node | None:
@@ -69,6 +98,7 @@ class _LayingOut:
         self.views: list[fx.Node] = []  #: in the graph, in the order in which they are made
         #: The loops that hold it, and as which inputs of their bodies.
         self.loops: dict[fx.Node, list[int]] = {}
+        self.was: torch.Tensor = self.buffer.meta["val"]
 
     def write(self) -> bool:
         """Whether the buffer lies in another order now."""
@@ -113,13 +143,15 @@ class _LayingOut:
         """The same inside a loop, and of what it gives in the place of what it carries."""
         carried, given = loop.args[2], loop.args[3]
         taken = [n for n, each in enumerate((*carried, *given)) if each is node]
-        if len(taken) > 1 or loop in self.loops:
+        known = self.loops.setdefault(loop, [])
+        known += taken
+        if len(known) > 1 and min(known) < len(carried):
             return False
-        self.loops[loop] = taken
-        (at,) = taken
         body = getattr(self.module, loop.args[1].target)
-        if not self._follow(body, body.graph.find_nodes(op="placeholder")[at], []):
+        inputs = body.graph.find_nodes(op="placeholder")
+        if not all(self._follow(body, inputs[at], []) for at in taken):
             return False
+        at = taken[0]
         outputs = [user for user in loop.users if user.args[1] == at] if at < len(carried) else []
         for output in outputs:
             views.append(output)
@@ -205,18 +237,14 @@ class _LayingOut:
                 with mode:
                     values[view] = _computed(view, values)
         bodies = {}
-        for loop, (at,) in self.loops.items():
-            given = (*loop.args[2], *loop.args[3])[at]
-            bodies[loop] = self._body(loop, at, values[given])
+        for loop, taken in self.loops.items():
+            given = (*loop.args[2], *loop.args[3])
+            bodies[loop] = self._body(loop, {at: values[given[at]] for at in taken})
         for node, each in values.items():
             node.meta["val"] = each
         for loop, body in bodies.items():
-            name = f"{loop.args[1].target}_laid"
-            setattr(self.module, name, body)
-            with self.module.graph.inserting_before(loop):
-                new = self.module.graph.get_attr(name)
+            _put(self.module, loop, body)
             at = self.loops[loop][0]
-            loop.args = (loop.args[0], new, *loop.args[2:])
             if at < len(loop.args[2]):
                 vals = list(loop.meta["val"])
                 vals[at] = values[loop.args[2][at]]
@@ -226,6 +254,9 @@ class _LayingOut:
         """The buffer made in its new order."""
         value = self.buffer.meta["val"]
         graph = self.module.graph
+        if self.made.target is not aten.full.default:
+            self._copy(order, value)
+            return
         with graph.inserting_before(self.made):
             shape = [value.shape[d] for d in order]
             full = graph.call_function(aten.full.default, (shape, *self.made.args[1:]))
@@ -236,22 +267,55 @@ class _LayingOut:
         new.meta = {**self.buffer.meta}
         self.buffer.replace_all_uses_with(new)
 
-    def _body(self, loop: fx.Node, at: int, value: torch.Tensor) -> fx.GraphModule:
-        """A copy of a loop's body that is given the buffer as ``value`` lies."""
-        old = getattr(self.module, loop.args[1].target)
-        graph = fx.Graph()
-        results, output = graph.graph_copy(old.graph, {}, return_output_node=True)
-        graph.output(results).meta.update(output.meta)
-        placeholder = graph.find_nodes(op="placeholder")[at]
-        placeholder.meta["val"] = value
-        changed = {placeholder}
-        with _torch.detect_fake_mode([value]) or contextlib.nullcontext():
-            for node in graph.nodes:
+    def _copy(self, order: list[int], value: torch.Tensor) -> None:
+        """A copy in the new order, as ``value`` lies, which is fused with what makes the tensor."""
+        graph, old = self.module.graph, self.was
+        back = [order.index(d) for d in range(value.dim())]
+        with graph.inserting_after(self.made):
+            turned = graph.call_function(aten.permute.default, (self.made, order))
+        with graph.inserting_after(turned):
+            laid = graph.call_function(
+                aten.clone.default, (turned,), {"memory_format": torch.contiguous_format}
+            )
+        with graph.inserting_after(laid):
+            new = graph.call_function(aten.permute.default, (laid, back))
+        self.made.replace_all_uses_with(new, delete_user_cb=lambda user: user is not turned)
+        metas = (old.permute(order), value.permute(order), value)
+        for node, val in zip((turned, laid, new), metas, strict=True):
+            node.meta = {**self.made.meta, "val": val}
+        self.made.meta["val"] = old
+
+    def _body(self, loop: fx.Node, given: dict[int, torch.Tensor]) -> fx.GraphModule:
+        """A copy of a loop's body that is given what is laid out anew, by the input's number."""
+        body = _copied(getattr(self.module, loop.args[1].target))
+        inputs = body.graph.find_nodes(op="placeholder")
+        for at, value in given.items():
+            inputs[at].meta["val"] = value
+        changed = {inputs[at] for at in given}
+        with _torch.detect_fake_mode(list(given.values())) or contextlib.nullcontext():
+            for node in body.graph.nodes:
                 if not (is_view(node) or node.target is WRITES) or node.args[0] not in changed:
                     continue
                 node.meta["val"] = _in_trip(node)
                 changed.add(node)
-        return fx.GraphModule(old, graph)
+        return body
+
+
+def _copied(body: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a loop's body."""
+    graph = fx.Graph()
+    results, output = graph.graph_copy(body.graph, {}, return_output_node=True)
+    graph.output(results).meta.update(output.meta)
+    return fx.GraphModule(body, graph)
+
+
+def _put(module: fx.GraphModule, loop: fx.Node, body: fx.GraphModule) -> None:
+    """Give a loop another body."""
+    body.recompile()
+    name = f"{loop.args[1].target}_laid"
+    setattr(module, name, body)
+    with module.graph.inserting_before(loop):
+        loop.args = (loop.args[0], module.graph.get_attr(name), *loop.args[2:])
 
 
 def is_taken_as_it_lies(operand: torch.Tensor) -> bool:

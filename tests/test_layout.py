@@ -128,3 +128,49 @@ def test_products_take_rows_or_columns_as_they_lie_and_nothing_else() -> None:
     assert is_taken_as_it_lies(whole.transpose(0, 1)), "a batch may be apart"
     assert not is_taken_as_it_lies(whole.permute(2, 0, 1))
     assert not is_taken_as_it_lies(whole[:, :, ::2])
+
+
+def product(rows: Tensor, factor: Tensor) -> Tensor:
+    """Sums over k of ``rows`` (i, k, c) times ``factor`` (j, k, c), as (i, j, c)."""
+    return torch.bmm(rows.permute(2, 0, 1), factor.permute(2, 1, 0)).permute(1, 2, 0)
+
+
+#: What a loop over rows reads whole, and how many of its products' operands lie well then.
+WHOLE: dict[str, tuple[Callable[[Tensor, Tensor], list[Tensor]], int]] = {
+    "once": (lambda rows, f: [product(rows, f).cos()], 2),
+    "twice, also turned": (
+        lambda rows, f: [(product(rows, f) + product(rows * 2, f.transpose(0, 1))).cos()],
+        3,  # not the rows that are read elementwise as well
+    ),
+    "also returned": (lambda rows, f: [product(rows, f).cos(), f * 1], 1),
+}
+
+
+@pytest.mark.parametrize("length", [12, 13])
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_is_made_elementwise_lies_as_products_in_loops_read_it(name: str, length: int) -> None:
+    use, lie_well = WHOLE[name]
+    x, z = (torch.randn(length, length, 4).double() for _ in range(2))
+    w = torch.randn(4, 4).double()
+    wanted = use((x @ w).tanh(), z.exp())
+
+    module = looped(lambda x, w, f: use((x @ w).tanh(), f), [x, w, z], "cos")
+    factor = module.graph.find_nodes(op="placeholder")[2]  # instead of it what is made of it
+    with module.graph.inserting_after(factor):
+        made = module.graph.call_function(aten.exp.default, (factor,))
+    made.meta = dict(factor.meta)
+    factor.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
+    module.recompile()
+
+    assert not any(is_taken_as_it_lies(each) for each in operands(module))
+    lay_out(module)
+    assert sum(map(is_taken_as_it_lies, operands(laid_body(module)))) == lie_well
+    for got, want in zip(module(x, w, z), wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+        assert got.stride() == want.stride()
+
+
+def laid_body(module: fx.GraphModule) -> fx.GraphModule:
+    """That of the graph's first loop."""
+    loop = next(node for node in module.graph.nodes if is_loop(node))
+    return getattr(module, loop.args[1].target)
