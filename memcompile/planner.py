@@ -89,14 +89,8 @@ class Planner:
     # -- the walks ------------------------------------------------------------------
 
     def build(self) -> Ladder:
-        """All walks, merged into one ladder, and what running ops again comes to by itself."""
+        """All walks, merged into one ladder."""
         self._try(self.ground)
-        if self.others and self.again:
-            moves = [move for move in self.proposals if move.rebuild is None]
-            plain = Planner(self.draft, self.ground, moves, self.bound)
-            plain.limit = self.limit
-            plain.build()
-            self.follow(plain)
         self._walk_down(self.ground, self.limit // 3)
         seeds = segment_seeds(self.draft, self.is_candidate)
         for number, seed in enumerate(seeds):

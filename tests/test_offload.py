@@ -526,8 +526,8 @@ def test_the_report_says_why(subject: Callable[[str], Captured]) -> None:
     planned = plan(subject("dropout"), "min", [Recompute(), Compress(codecs="bits"), SMALL])
     rows = {move.value: move for move in planned.outcome.explained.moves if move.how != "keep"}
     assert rows and all(row.how in dict(row.offered) for row in rows.values())
-    ways = dict(max(rows.values(), key=lambda row: len(row.offered)).offered)
-    assert set(ways) == {"recompute", "elementwise", "host", "host, waited for"}
+    ways = dict(next(row for row in rows.values() if "bits" in dict(row.offered)).offered)
+    assert {"recompute", "bits", "host", "host, waited for"} <= set(ways)
     assert ways["host, waited for"] > ways["host"] and all(cost >= 0 for cost in ways.values())
     assert "Why" in str(report(planned))
 
