@@ -1,7 +1,6 @@
 """Zeros beyond a diagonal: what ``tril``, ``triu`` and causal masks leave of a matrix.
 
-A mask that no input reaches is computed when the step is planned, whatever it is made of, and
-looked at.
+A mask that no input reaches is computed when the step is planned, whatever it is made of.
 Attention weights under a mask of ``-inf`` are zero where it lies, but in rows of NaN: a softmax has
 a whole row of NaN or none.
 """
@@ -9,6 +8,7 @@ a whole row of NaN or none.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,13 +35,8 @@ def zero_side(node: Any, depth: int = DEPTH) -> str | None:
     if name in _SAME | {"relu"}:
         return zero_side(args[0], depth - 1)
     if name == "where":
-        mask, one, two = (fixed(a) for a in args)
-        if mask is not None:
-            kept = torch.ones_like(mask)
-            for given, here in ((one, mask), (two, ~mask)):
-                if given is not None:  # -0.0 is another number
-                    kept = kept & ~(here & (given == 0) & ~given.signbit())
-            return _side(kept, node)
+        kept = _left(node, lambda x: (x == 0) & ~x.signbit())  # -0.0 is another number
+        return None if kept is None else _side(kept, node)
     return None
 
 
@@ -90,20 +85,25 @@ def _is_positive(given: Any) -> bool:
 def _seen(scores: Any) -> torch.Tensor | None:
     """Where the scores are not ``-inf`` by a mask."""
     if _is(scores, "where"):
-        mask, one, two = (fixed(a) for a in scores.args)
-        if mask is None:
-            return None
-        seen = torch.ones_like(mask)
-        for given, here in ((one, mask), (two, ~mask)):
-            if given is not None:
-                seen = seen & ~(here & (given == -math.inf))
-        return seen
+        return _left(scores, lambda x: x == -math.inf)
     if _is(scores, "add") and not scores.kwargs:
         for given in scores.args:  # what is added to -inf makes -inf, or NaN and so a row of it
             bias = fixed(given)
             if bias is not None:
                 return bias != -math.inf
     return None
+
+
+def _left(where: fx.Node, gone: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor | None:
+    """Where a ``where`` does not give what is ``gone``; ``None``: its mask is not known."""
+    mask, one, two = (fixed(a) for a in where.args)
+    if mask is None:
+        return None
+    left = torch.ones_like(mask)
+    for given, here in ((one, mask), (two, ~mask)):
+        if given is not None:
+            left = left & ~(here & gone(given))
+    return left
 
 
 def _side(kept: torch.Tensor, value: fx.Node) -> str | None:
