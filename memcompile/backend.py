@@ -35,6 +35,7 @@ from memcompile.lowering import Lowering
 from memcompile.marks import marks, modules
 from memcompile.options import Options, format_bytes, warn_if_above_free
 from memcompile.pipeline import Pipeline
+from memcompile.planning import roomy
 from memcompile.registry import resolve, source_key, spell
 from memcompile.report import MoveRow, Report
 from memcompile.version import __version__, source_digest
@@ -76,7 +77,7 @@ def memopt(
         parsed = Options.parse(options)
         if mode is not None and mode != "default":
             parsed = dataclasses.replace(parsed, mode=mode)
-        return _Job(gm, example_inputs, parsed).compile()
+        return roomy(_Job(gm, example_inputs, parsed).compile)()
     except Exception as error:
         own = _torch.cause_of(error, MemcompileError)
         if own is None:
@@ -204,7 +205,7 @@ class _Job:
             return _torch.compile_fx(
                 self.gm,
                 self.example_inputs,
-                inner_compile=self._inner,
+                inner_compile=roomy(self._inner),
                 config_patches=patches,
                 decompositions=self._table(),
             )

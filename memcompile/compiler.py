@@ -97,10 +97,8 @@ class Compiler:
         first = Tried(step, ground, own, *self._lower(step, own, ground))
         budget = self._budget(step, first.peak)
         chosen, ladder = first if budget is None else first.within(budget), None
-        if budget is None and self.options.limit.kind != "min":
-            pass
-        elif budget is None or chosen.peak > budget:
-            plain = planner.build()
+        if self.options.limit.kind == "min" if budget is None else chosen.peak > budget:
+            plain = planner.build(floor=bool(loops) and budget is None)
             search = Search(step, plain, self._lower_planned, first, self.held)
             self._with_loops(planner, plain.floor.plan, loops, budget, search, self._looped)
             chosen, ladder = self._search(search, budget, plain), search.ladder
@@ -185,10 +183,10 @@ class Compiler:
             planner = planner_of(found)
             planner.follow(found)
             if like is None:
-                planner.build()
+                planner.build(floor=budget is None)
             else:
                 planner.follow(like)
-                planner.polish()
+                planner.polish(floor=budget is None)
             return planner
 
         found = with_loops(base, plan, loops, self._anew, planned, self._loop_failed, room)
@@ -197,6 +195,8 @@ class Compiler:
             search.ladder = merged(search.ladder, planner.ladder)
             if self._fits(search, base, budget):
                 break
+        if search.ladder is base.ladder:  # no loop helps: it is asked for more, then
+            base.polish()
 
     def _fits(self, search: Search, base: Planner, budget: int | None) -> bool:
         """Whether what has been found fits, surely or lowered: no more loops are looked for."""

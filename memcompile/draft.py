@@ -105,6 +105,26 @@ class Draft:
         return sorted((n for n in place if n in step.sides.early), key=place.__getitem__)
 
     @functools.cached_property
+    def early_calls(self) -> frozenset[fx.Node]:
+        """Early nodes that compute something."""
+        return frozenset(n for n in self.step.sides.early if n.op == "call_function")
+
+    @functools.cached_property
+    def unable(self) -> frozenset[fx.Node]:
+        """Early nodes that may not run twice."""
+        return self.early_calls - self.again
+
+    @functools.cached_property
+    def copies(self) -> dict[fx.Node, Late]:
+        """Early nodes as they run again in the backward."""
+        return {node: Late(node, True) for node in self.early_calls}
+
+    @functools.cached_property
+    def late_items(self) -> list[tuple[fx.Node, Info, Late]]:
+        """Late nodes as the backward runs them, with what is known of each."""
+        return [(node, self.info[node], Late(node, False)) for node in self._late_order]
+
+    @functools.cached_property
     def needed_late(self) -> frozenset[fx.Node]:
         """Early roots that some late node or gradient reads directly."""
         early = self.step.sides.early
@@ -171,8 +191,7 @@ class Draft:
 
     def _draft_backward(self, plan: Plan) -> _Backward:
         build = _Backward(self, plan)
-        for node in self._late_order:
-            build.need(node)
+        build.run()
         for gradient in self.gradients:
             build.need(gradient)
         for gradient in self.gradients:
@@ -225,6 +244,8 @@ class _Backward:
 
     def __init__(self, draft: Draft, plan: Plan) -> None:
         self.draft, self.plan, self.early = draft, plan, draft.step.sides.early
+        #: chosen to be kept, or neither able to run twice nor rebuilt in another way
+        self.kept = (draft.unable - plan.rebuilt.keys()) | (plan.kept & draft.early_calls)
         self.ops: list[Op] = []
         self.order: list[Late | Proposal] = []
         self.saved: list[fx.Node] = []
@@ -233,42 +254,43 @@ class _Backward:
         self.starts: list[int] = []  #: where the ops of each item of the order start
         self.coming: list[tuple[Proposal, list[int]]] = []  #: from the host, and where
 
+    def run(self) -> None:
+        """Lay out the late nodes, in their order, with whatever each needs before it."""
+        place, starts, ops, order = self.place, self.starts, self.ops, self.order
+        for node, what, own in self.draft.late_items:
+            if node in place:
+                continue
+            try:  # most find all they read there: no call for these
+                inputs = tuple([place[i] for i in what.inputs])
+            except KeyError:
+                self.need(node)
+                continue
+            place[node] = len(ops)
+            starts.append(len(ops))
+            ops.append(what.op(node, inputs))
+            order.append(own)
+
     def need(self, node: fx.Node) -> None:
         """Lay out ``node`` and whatever it needs that is not there yet, in step order."""
         if node in self.place:
             return
-        if node not in self.early:
-            inputs = self.draft.info[node].inputs
-            if all([i in self.place for i in inputs]):
-                self._lay(node)
-                return
         missing = self._missing(node)
         if len(missing) > 1:
             missing = sorted(missing, key=self.draft.step.order.__getitem__)
         for each in missing:
             self._lay(each)
 
-    def _is_kept(self, node: fx.Node) -> bool:
-        """Chosen to be kept, or neither able to run twice nor rebuilt in another way."""
-        if node not in self.early or node.op != "call_function":
-            return False
-        if node in self.plan.kept:
-            return True
-        return node not in self.draft.again and node not in self.plan.rebuilt
-
     def _missing(self, node: fx.Node) -> Collection[fx.Node]:
-        place, info, rebuilt = self.place, self.draft.info, self.plan.rebuilt
+        place, info, rebuilt, kept = self.place, self.draft.info, self.plan.rebuilt, self.kept
         found = {node}
         stack = [node]
         while stack:
             at = stack.pop()
-            if self._is_kept(at):
+            if at in kept:
                 continue
-            move = rebuilt.get(at)
-            if move is not None and move.rebuild is not None:
+            inputs = info[at].inputs
+            if rebuilt and (move := rebuilt.get(at)) is not None and move.rebuild is not None:
                 inputs = tuple(self.draft.step.roots[r] for r in move.rebuild.reads)
-            else:
-                inputs = info[at].inputs
             for read in inputs:
                 if read not in place and read not in found:
                     found.add(read)
@@ -278,22 +300,25 @@ class _Backward:
     def _lay(self, node: fx.Node) -> None:
         draft, plan = self.draft, self.plan
         info = draft.info[node]
-        early = node in self.early
         if info.kind == Kind.SOURCE:
-            tangent = not early
-            size = info.bytes if tangent else 0
+            size = 0 if node in self.early else info.bytes
             self._source(node, size, owned=False, traffic=info.bytes)
-        elif self._is_kept(node):
+            return
+        if node in self.kept:
             self.saved.append(node)
             self._source(node, info.bytes, owned=node not in draft.outputs)
-        elif early and (move := plan.rebuilt.get(node)) is not None and move.rebuild is not None:
+            return
+        early = node in self.early
+        move = plan.rebuilt.get(node) if early and plan.rebuilt else None
+        if move is not None and move.rebuild is not None:
             self._rebuild(node, move, move.rebuild)
-        else:
-            self.place[node] = len(self.ops)
-            inputs = tuple([self.place[i] for i in info.inputs])
-            self.starts.append(len(self.ops))
-            self.ops.append(info.op(node, inputs))
-            self.order.append(Late(node, early))
+            return
+        place = self.place
+        inputs = tuple([place[i] for i in info.inputs])
+        place[node] = len(self.ops)
+        self.starts.append(len(self.ops))
+        self.ops.append(info.op(node, inputs))
+        self.order.append(draft.copies[node] if early else Late(node, False))
 
     def _source(self, node: fx.Node, size: int, *, owned: bool, traffic: int = 0) -> int:
         self.place[node] = len(self.ops)

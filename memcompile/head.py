@@ -277,7 +277,9 @@ class _Writer:
             if node not in self.late:
                 self.env[node] = self.graph.node_copy(node, self._read)
             if node is self.number:
-                one = self._call(aten.full.default, ([], 1.0), node, "one", **_options(node))
+                one = self._call(
+                    aten.full.default, ([], 1.0), node, f"{node.name}_one", **_options(node)
+                )
                 one.meta.pop("partitioner_tag", None)
                 self.early[node] = one
             elif node in self.linear:
@@ -289,7 +291,12 @@ class _Writer:
         return module
 
     def _copy_early(self, node: fx.Node) -> fx.Node:
-        new = self.graph.node_copy(node, lambda a: self.early.get(a) or self.env[a])
+        args, kwargs = fx.node.map_arg(
+            (node.args, node.kwargs), lambda a: self.early.get(a) or self.env[a]
+        )
+        # The name of what there is another copy of is that one's; a number more is another node's.
+        name = node.name if node in self.late else f"{node.name}_early"
+        new = self.graph.create_node(node.op, node.target, args, kwargs, name)
         new.meta = {k: v for k, v in node.meta.items() if k not in ("partitioner_tag", "recompute")}
         return new
 

@@ -173,7 +173,9 @@ class Looped:
         for site in self.sites:
             setattr(self.step.module, site.cond, torch.nn.Module())
             setattr(self.step.module, site.body, torch.nn.Module())
-        self.graph.eliminate_dead_code()
+        for node in reversed(self.graph.nodes):
+            if not node.users and not node.is_impure(impure_random=False):
+                self.graph.erase_node(node)
         module = _torch.LazyGraphModule(self.step.module, self.graph)
         module.meta.update(self.step.module.meta)
         return module
@@ -214,7 +216,9 @@ class Looped:
     def _call(
         self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], like: fx.Node
     ) -> fx.Node:
-        new = self.graph.call_function(target, args, kwargs)
+        # Named after it: a number more would be another node's name, and values are known by names.
+        name = f"{like.name}_{target.__name__.split('.')[0]}"
+        new = self.graph.create_node("call_function", target, args, kwargs, name)
         values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
         with self._fake_mode():
             new.meta["val"] = target(*values[0], **values[1])
@@ -302,9 +306,8 @@ class Looped:
         names = [self._name(f"loop_cond_{number}"), self._name(f"loop_body_{number}")]
         self.sites.append(_Site(names[0], names[1], part, run, inputs, values))
         functions = [self.graph.get_attr(name) for name in names]
-        loop = self.graph.call_function(
-            torch.ops.higher_order.while_loop, (*functions, carried, tuple(read))
-        )
+        target, args = torch.ops.higher_order.while_loop, (*functions, carried, tuple(read))
+        loop = self.graph.create_node("call_function", target, args, name=f"{like.name}_loop")
         loop.meta["val"] = tuple(n.meta["val"] for n in carried)
         loop.meta[GROUP] = part.outputs[0].name
         loop.meta[OVER] = overwritable(self.step, self.region, part, inputs)
@@ -312,7 +315,8 @@ class Looped:
         self._describe(loop, like)
         outs = []
         for number, buffer in enumerate(buffers, 1):
-            out = self.graph.call_function(operator.getitem, (loop, number))
+            args = (loop, number)
+            out = self.graph.create_node("call_function", operator.getitem, args, name=loop.name)
             out.meta = {k: v for k, v in buffer.meta.items() if k != "buffer"}
             outs.append(out)
         return outs

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import fx
 
@@ -16,11 +16,12 @@ from memcompile.analysis.ops import is_random, op_name
 from memcompile.contract import Loop
 from memcompile.draft import Draft
 from memcompile.ladder import AIM, SURE
+from memcompile.loop import Looped
 from memcompile.plan import Drafted, Plan
 from memcompile.planner import Planner
 from memcompile.report import LoopRow
 from memcompile.rounds import DEEP, Aim, Failed, Rounds, above, span, what_of
-from memcompile.state import Anew, State, recounted, redrafted, replanned
+from memcompile.state import Anew, Made, State, recounted, redrafted, replanned
 from memcompile.step import source_line
 
 #: With less of the peak than this to fit into, loops that leave three quarters are of no use.
@@ -179,19 +180,51 @@ class _Search:
         return True
 
     def eased(self, state: State, draft: Draft, drafted: Drafted, peak: int) -> State:
-        """The same loops with as few chunks as leave ``drafted`` no more than ``peak`` bytes."""
+        """The same loops with as few chunks as leave ``drafted`` no more than ``peak`` bytes.
+
+        Loops in the same place of blocks that are alike get the same number: they may share
+        their functions.
+        """
         made = [each.looped for each in state.made]
-        for at, each in enumerate(state.made):
+        for group in self._alike(state.made):
             tried = []
-            for chunks in each.counts:
-                what = what_of(dataclasses.replace(each.loop, chunks=chunks), each.form)
-                other = made[at].recounted(chunks)
-                if other is not None and what not in self.rounds.barred:
-                    tried.append((other, redrafted(draft, drafted, other.costs())))
+            for chunks in state.made[group[0]].counts:
+                others = self._recounted(state.made, made, group, chunks)
+                if others:
+                    costs = {
+                        name: cost for o in others.values() for name, cost in o.costs().items()
+                    }
+                    tried.append((others, redrafted(draft, drafted, costs)))
+            if not tried:
+                continue
             lefts = [above(new, peak) for _, new in tried]
             about = min(lefts) + EASED * (max(lefts) - min(lefts))
             close = [new for new, left in zip(tried, lefts, strict=True) if left <= about]
-            made[at], drafted = min(close, key=lambda new: (new[1].seconds, new[1].peak))
+            others, drafted = min(close, key=lambda new: (new[1].seconds, new[1].peak))
+            for at, other in others.items():
+                made[at] = other
         if [each.chunks for each in made] == [each.loop.chunks for each in state.made]:
             return state
         return recounted(state, made, self.anew)
+
+    def _alike(self, made: Sequence[Made]) -> list[list[int]]:
+        """Places of loops that stand in the same place of blocks that are alike."""
+        groups: dict[object, list[int]] = {}
+        for at, each in enumerate(made):
+            name = each.loop.value.name
+            family = frozenset((name, *self.rounds.alike.get(name, ())))
+            groups.setdefault((family, each.loop.dim, each.form, each.counts), []).append(at)
+        return list(groups.values())
+
+    def _recounted(
+        self, state: Sequence[Made], made: Sequence[Looped], group: list[int], chunks: int
+    ) -> dict[int, Looped]:
+        """A group's loops with so many chunks, by place; none where one cannot have as many."""
+        others: dict[int, Looped] = {}
+        for at in group:
+            loop = dataclasses.replace(state[at].loop, chunks=chunks)
+            other = made[at].recounted(chunks)
+            if other is None or what_of(loop, state[at].form) in self.rounds.barred:
+                return {}
+            others[at] = other
+        return others

@@ -14,6 +14,7 @@ from memcompile.contract import Context, Loop, Pass, Proposal, Proposer, Rewrite
 from memcompile.errors import PassError
 from memcompile.registry import source_key, spell
 from memcompile.report import Ran
+from memcompile.shared import fingerprint
 from memcompile.step import Step, must_save
 
 
@@ -176,16 +177,6 @@ def _bar(proposal: Proposal | Loop) -> None:
 def placeholder_names(graph: fx.Graph) -> list[str]:
     """The graph's inputs, in order."""
     return [str(node.target) for node in graph.find_nodes(op="placeholder")]
-
-
-def fingerprint(graph: fx.Graph) -> list[tuple[object, ...]]:
-    """Equal for graphs that compute the same thing in the same order."""
-    number = {node: place for place, node in enumerate(graph.nodes)}
-
-    def shown(arg: object) -> str:
-        return repr(fx.node.map_arg(arg, lambda node: f"%{number[node]}"))
-
-    return [(n.op, str(n.target), shown(n.args), shown(n.kwargs)) for n in graph.nodes]
 
 
 def output_types(graph: fx.Graph) -> list[object]:

@@ -88,8 +88,14 @@ class Planner:
 
     # -- the walks ------------------------------------------------------------------
 
-    def build(self) -> Ladder:
-        """All walks, merged into one ladder."""
+    def build(self, floor: bool = False) -> Ladder:
+        """All walks, merged into one ladder.
+
+        Where its lowest rung is all that is asked for (``floor``), half the drafts are left.
+        """
+        every = self.limit
+        if floor:
+            self.limit //= 2
         self._try(self.ground)
         self._walk_down(self.ground, self.limit // 3)
         seeds = segment_seeds(self.draft, self.is_candidate)
@@ -98,7 +104,8 @@ class Planner:
             share = left // (2 * (len(seeds) - number) + 1)
             self._walk_down(seed, share // 2)
             self._walk_up(seed, share)
-        self.polish()
+        self.polish(floor)
+        self.limit = every
         return self.ladder
 
     def follow(self, other: Planner) -> None:
@@ -112,12 +119,13 @@ class Planner:
                 kept = (named[v.name] for v in rung.plan.kept if v.name in named)
                 self._try(Plan(frozenset(kept), rebuilt))
 
-    def polish(self) -> None:
-        """Improve the ladder's own rungs by one keep or one drop at a time."""
+    def polish(self, floor: bool = False) -> None:
+        """Improve the ladder's own rungs, or its lowest, by one keep or one drop at a time."""
         done: set[object] = set()
         few = len(self.candidates) <= 16
         while self.left:
-            todo = [r for r in self.ladder.rungs if r.plan.key() not in done]
+            rungs = self.ladder.rungs[:1] if floor else self.ladder.rungs
+            todo = [r for r in rungs if r.plan.key() not in done]
             if not todo:
                 return
             # Spread over the ladder rather than start at one end.

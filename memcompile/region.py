@@ -274,8 +274,9 @@ def assemble(
     size = _size(step, places, reads)
     if size is None:
         return None
-    early = [n for n in step.nodes if n in places and n in step.sides.early]
-    late = [n for n in step.nodes if n in places and n in step.sides.late]
+    inside = sorted(places, key=step.order.__getitem__)
+    early = [n for n in inside if n in step.sides.early]
+    late = [n for n in inside if n in step.sides.late]
     if late and early:
         late = _repeated(step, places, early, late)
     if not early:
@@ -364,7 +365,7 @@ def _repeated(
             continue
         needed.add(node)
         stack.extend(a for a in node.all_input_nodes if a in inside)
-    return [n for n in step.nodes if n in needed or n in set(late)]
+    return sorted((*needed, *late), key=step.order.__getitem__)
 
 
 def _part(step: Step, region: Region, nodes: list[fx.Node], later: set[fx.Node]) -> Part | None:
@@ -387,7 +388,8 @@ def _part(step: Step, region: Region, nodes: list[fx.Node], later: set[fx.Node])
         if any(summed or u not in later or u in region.again for u in readers):
             outputs.append(node)
     nodes = _needed(nodes, outputs)
-    inputs = {n: p for n, p in inputs.items() if any(u in set(nodes) for u in n.users)}
+    inside = set(nodes)
+    inputs = {n: p for n, p in inputs.items() if not inside.isdisjoint(n.users)}
     for node in outputs:
         if region.places[node] is None or isinstance(node.meta["val"], (list, tuple)):
             return None

@@ -20,6 +20,7 @@ from memcompile.contract import Proposal
 from memcompile.inplace import write_over
 from memcompile.layout import lay_out
 from memcompile.plan import Drafted, Late
+from memcompile.shared import share_functions
 from memcompile.step import Step
 
 #: Where a rebuilt value keeps the name of the value that it stands for.
@@ -73,6 +74,7 @@ def split(step: Step, drafted: Drafted) -> Split:
     for side in (forward, backward):
         write_over(side)
         lay_out(side)
+        share_functions(side)
     return Split(forward, backward)
 
 
@@ -112,6 +114,7 @@ def rewrite_whole(step: Step, drafted: Drafted) -> fx.GraphModule:
     module = _Writer(step, drafted).write_whole()
     write_over(module)
     lay_out(module)
+    share_functions(module)
     return module
 
 

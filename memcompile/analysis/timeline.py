@@ -86,7 +86,8 @@ def materialise(ops: Sequence[Op]) -> Real:
     for op, call in zip(ops, called, strict=True):
         for i in op.inputs:
             users[i] += 1
-            if call:
+        if call:
+            for i in op.inputs:
                 if i in op.reshaped:
                     copied[i] = True
                 else:

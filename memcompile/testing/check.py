@@ -17,10 +17,11 @@ from memcompile.contract import Context, Exactness, Loop, Pass, Proposal, Propos
 from memcompile.draft import Draft
 from memcompile.errors import PassError
 from memcompile.loop import Looped
-from memcompile.pipeline import Pipeline, fingerprint
+from memcompile.pipeline import Pipeline
 from memcompile.plan import Drafted, Plan
 from memcompile.region import find
 from memcompile.registry import spell
+from memcompile.shared import fingerprint
 from memcompile.split import inductor_split, split
 from memcompile.step import Step, must_save, source_line
 from memcompile.testing.numbers import Result, difference, epsilon, norms, relative, same

@@ -7,8 +7,9 @@ Neither the value nor what hangs on it, forward or backward, is ever whole. Cf. 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -22,22 +23,19 @@ COUNTS = (4, 12, 24, 64)
 MORE, STILL_LARGE = (192, 512), 2**24
 
 
-def _counts(length: Any, most: int, size: int) -> list[int]:
-    """Chunk counts for a value of ``size`` bytes, at most ``most``, dividing the length if near.
+@functools.lru_cache(maxsize=1024)
+def _counts(length: int, most: int, many: bool) -> tuple[int, ...]:
+    """Chunk counts, at most ``most``, dividing the length if near; ``many``: of a large value.
 
     A shorter last chunk costs a second loop; up to twice as many chunks avoid it. A symbolic
-    length is divided by nothing.
+    length (0) is divided by nothing.
     """
     found: list[int] = []
-    counts: tuple[int, ...] = COUNTS
-    if size // COUNTS[-1] > STILL_LARGE:
-        counts += MORE
-    else:
-        most = min(most, COUNTS[-1])
+    counts = COUNTS + MORE if many else COUNTS
     for count in counts:
-        near = range(count, min(2 * count, most + 1) if isinstance(length, int) else count)
+        near = range(count, min(2 * count, most + 1)) if length else ()
         found += [next((n for n in near if length % n == 0), count)] if count <= most else []
-    return list(dict.fromkeys(found))
+    return tuple(dict.fromkeys(found))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +90,10 @@ class Chunk(Proposer):
             if value in without or (self.only and value not in only):
                 continue
             for dim, length in enumerate(value.meta["val"].shape):
+                many = step.bytes(value) // COUNTS[-1] > STILL_LARGE
                 most = min(hint(length), self.max_chunks)
-                for chunks in _counts(length, most, step.bytes(value)):
+                most = most if many else min(most, COUNTS[-1])
+                for chunks in _counts(length if isinstance(length, int) else 0, most, many):
                     yield Loop(value, dim, chunks, without)
 
     def _named(self, option: str, step: Step, context: Context) -> set[fx.Node]:
