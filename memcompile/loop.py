@@ -307,16 +307,16 @@ class Looped:
         self.sites.append(_Site(names[0], names[1], part, run, inputs, values))
         functions = [self.graph.get_attr(name) for name in names]
         target, args = torch.ops.higher_order.while_loop, (*functions, carried, tuple(read))
-        loop = self.graph.create_node("call_function", target, args, name=f"{like.name}_loop")
+        loop = self.graph.create_node("call_function", target, args, name=f"while_loop_{like.name}")
         loop.meta["val"] = tuple(n.meta["val"] for n in carried)
         loop.meta[GROUP] = part.outputs[0].name
         loop.meta[OVER] = overwritable(self.step, self.region, part, inputs)
         loop.meta["loop"] = self._cost(part, run)
         self._describe(loop, like)
         outs = []
-        for number, buffer in enumerate(buffers, 1):
-            args = (loop, number)
-            out = self.graph.create_node("call_function", operator.getitem, args, name=loop.name)
+        for number, (node, buffer) in enumerate(zip(part.outputs, buffers, strict=True), 1):
+            args, name = (loop, number), f"{node.name}_parts"
+            out = self.graph.create_node("call_function", operator.getitem, args, name=name)
             out.meta = {k: v for k, v in buffer.meta.items() if k != "buffer"}
             outs.append(out)
         return outs

@@ -182,6 +182,20 @@ def test_planning_stops_at_a_number_of_drafts_not_at_a_time() -> None:
     assert planner.ladder.fit(planner.ground_draft.peak) is not None
 
 
+def test_where_the_lowest_rung_is_all_that_is_asked_for_half_the_drafts_do() -> None:
+    for seed in range(8):
+        whole, lowest = problem(seed, 40).planner(), problem(seed, 40).planner()
+        whole.limit = lowest.limit = 120
+        whole.build()
+        lowest.build(floor=True)
+        assert lowest.drafts <= 60
+        assert lowest.ladder.floor.peak <= 1.02 * whole.ladder.floor.peak
+        left = lowest.drafts
+        lowest.polish()  # what was left may be asked for later
+        assert left <= lowest.drafts <= 120
+        assert lowest.limit == 120
+
+
 def test_every_smaller_budget_has_a_smaller_peak_and_no_less_time() -> None:
     for seed in range(5):
         planner = problem(seed).planner()
