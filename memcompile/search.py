@@ -14,7 +14,7 @@ from memcompile.step import Step, is_loop
 #: Peaks that are as good as the least one of a step with loops, as multiples of it: the last bytes
 #: of it cost many chunks.
 NEAR = 1.01
-#: Of the seconds drafted for the floor, those that a rung above it must do with to be tried, too.
+#: Of the seconds drafted for a floor with loops, what a rung above must do with to be tried, too.
 SOONER = 0.99
 #: A draft further above what was lowered than this wastes memory, and is tried anew.
 WASTE = 0.95
@@ -70,7 +70,8 @@ class Search:
         floor = self.ladder.fit(inputs + int(near * (least - inputs))) or self.ladder.floor
         tries = [self.first.within(None), self._try(floor, None)]
         above = self._above(tries[1])
-        if above is not floor and above.seconds <= SOONER * floor.seconds:
+        sooner = above.seconds <= SOONER * floor.seconds
+        if above is not floor and (sooner or not _has_loops(floor)):
             tries.append(self._try(above, None))
         inputs += self.held
         least = min(tried.peak for tried in tries)

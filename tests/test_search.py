@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from memcompile.ladder import Ladder, Rung
 from memcompile.search import Search, Tried
@@ -13,9 +14,12 @@ from memcompile.search import Search, Tried
 INPUTS = 1000
 
 
-def search(rungs: list[tuple[int, float]], lowered: dict[int, int]) -> tuple[Search, list[int]]:
+def search(
+    rungs: list[tuple[int, float]], lowered: dict[int, int], loops: bool = False
+) -> tuple[Search, list[int]]:
     """Over rungs of such peaks and seconds that are lowered to other peaks; which are lowered."""
-    step: Any = SimpleNamespace(input_bytes=lambda: INPUTS, nodes=[])
+    loop = SimpleNamespace(target=torch.ops.higher_order.while_loop)
+    step: Any = SimpleNamespace(input_bytes=lambda: INPUTS, nodes=[loop] if loops else [])
     ladder, seen = Ladder(), []
     for peak, seconds in rungs:
         planner = SimpleNamespace(draft=SimpleNamespace(step=step))
@@ -44,12 +48,15 @@ def test_the_lowest_is_the_least_that_was_lowered() -> None:
     assert seen == [2000, 2100]
 
 
-@pytest.mark.parametrize(("seconds", "tries"), [(1.999, [2000]), (1.9, [2000, 2100])])
-def test_a_rung_above_the_floor_is_lowered_only_where_it_is_sooner(
-    seconds: float, tries: list[int]
+@pytest.mark.parametrize(
+    ("seconds", "loops", "tries"),
+    [(1.999, True, [2000]), (1.9, True, [2000, 2100]), (1.999, False, [2000, 2100])],
+)
+def test_a_rung_above_a_floor_with_loops_is_lowered_only_where_it_is_sooner(
+    seconds: float, loops: bool, tries: list[int]
 ) -> None:
-    """Lowering one takes as long as planning all: a thousandth of a step is not worth it."""
-    found, seen = search([(2000, 2.0), (2100, seconds)], {2000: 2200})
+    """Lowering loops takes as long as planning all: a thousandth of a step is not worth it."""
+    found, seen = search([(2000, 2.0), (2100, seconds)], {2000: 2200}, loops)
     found.lowest()
     assert seen == tries
 
