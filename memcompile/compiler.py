@@ -97,7 +97,7 @@ class Compiler:
         first = Tried(step, ground, own, *self._lower(step, own, ground))
         budget = self._budget(step, first.peak)
         chosen, ladder = first if budget is None else first.within(budget), None
-        if self.options.limit.kind == "min" if budget is None else chosen.peak > budget:
+        if self._is_over(chosen, budget):
             plain = planner.build(floor=bool(loops) and budget is None)
             search = Search(step, plain, self._lower_planned, first, self.held)
             self._with_loops(planner, plain.floor.plan, loops, budget, search, self._looped)
@@ -108,7 +108,7 @@ class Compiler:
             before=ground,
             after=after,
             after_step=chosen.step,
-            loops=self._loops(chosen),
+            loops=self.looped.get(chosen.step, ()),
             proposals=proposals,
             budget=budget,
             inductor=first.peak,
@@ -195,7 +195,7 @@ class Compiler:
             search.ladder = merged(search.ladder, planner.ladder)
             if self._fits(search, base, budget):
                 break
-        if search.ladder is base.ladder:  # no loop helps: it is asked for more, then
+        if budget is None and search.ladder is base.ladder:  # no loop helps: half was left
             base.polish()
 
     def _fits(self, search: Search, base: Planner, budget: int | None) -> bool:
@@ -223,10 +223,6 @@ class Compiler:
     def _note(self, note: str | None) -> None:
         if note is not None and note not in self.notes:
             self.notes.append(note)
-
-    def _loops(self, chosen: Tried) -> tuple[LoopRow, ...]:
-        """The loops of what was chosen."""
-        return self.looped.get(chosen.step, ())
 
     def _anew(
         self, module: fx.GraphModule, planner: Planner
@@ -282,6 +278,10 @@ class Compiler:
 
     def _budget(self, step: Step, inductor: int) -> int | None:
         return total_budget(self.options, step.input_bytes() + self.held, inductor)
+
+    def _is_over(self, first: Tried, budget: int | None) -> bool:
+        """Whether less is asked for than Inductor's own split takes."""
+        return self.options.limit.kind == "min" if budget is None else first.peak > budget
 
     def _search(self, search: Search, budget: int | None, plain: Ladder) -> Tried:
         """The closed loop; where Inductor cannot lower a loop, once more without any."""
@@ -355,10 +355,9 @@ class Compiler:
         own = Split(module, None)
         first = Tried(step, drafted, own, *self._lower(step, own, drafted))
         budget = self._budget(step, first.peak)
-        wanted = budget is not None or self.options.limit.kind == "min"
         proposals: list[Proposal] = []
         chosen, floor = first if budget is None else first.within(budget), None
-        if wanted and drafted.forward.ops and (budget is None or chosen.peak > budget):
+        if drafted.forward.ops and self._is_over(chosen, budget):
             late = Step(module, len(results), late_from=late_from(step, drafted))
             proposals, _ = self._offers(late)
             planner = self._whole_planner(late, proposals)
@@ -375,7 +374,7 @@ class Compiler:
             before=first.drafted,
             after=chosen.drafted,
             after_step=chosen.step,
-            loops=self._loops(chosen),
+            loops=self.looped.get(chosen.step, ()),
             proposals=proposals,
             budget=budget,
             inductor=first.peak,

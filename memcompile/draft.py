@@ -115,11 +115,6 @@ class Draft:
         return self.early_calls - self.again
 
     @functools.cached_property
-    def copies(self) -> dict[fx.Node, Late]:
-        """Early nodes as they run again in the backward."""
-        return {node: Late(node, True) for node in self.early_calls}
-
-    @functools.cached_property
     def late_items(self) -> list[tuple[fx.Node, Info, Late]]:
         """Late nodes as the backward runs them, with what is known of each."""
         return [(node, self.info[node], Late(node, False)) for node in self._late_order]
@@ -289,7 +284,7 @@ class _Backward:
             if at in kept:
                 continue
             inputs = info[at].inputs
-            if rebuilt and (move := rebuilt.get(at)) is not None and move.rebuild is not None:
+            if (move := rebuilt.get(at)) is not None and move.rebuild is not None:
                 inputs = tuple(self.draft.step.roots[r] for r in move.rebuild.reads)
             for read in inputs:
                 if read not in place and read not in found:
@@ -309,16 +304,14 @@ class _Backward:
             self._source(node, info.bytes, owned=node not in draft.outputs)
             return
         early = node in self.early
-        move = plan.rebuilt.get(node) if early and plan.rebuilt else None
-        if move is not None and move.rebuild is not None:
+        if early and (move := plan.rebuilt.get(node)) is not None and move.rebuild is not None:
             self._rebuild(node, move, move.rebuild)
             return
-        place = self.place
-        inputs = tuple([place[i] for i in info.inputs])
-        place[node] = len(self.ops)
+        inputs = tuple([self.place[i] for i in info.inputs])
+        self.place[node] = len(self.ops)
         self.starts.append(len(self.ops))
         self.ops.append(info.op(node, inputs))
-        self.order.append(draft.copies[node] if early else Late(node, False))
+        self.order.append(Late(node, early))
 
     def _source(self, node: fx.Node, size: int, *, owned: bool, traffic: int = 0) -> int:
         self.place[node] = len(self.ops)

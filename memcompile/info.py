@@ -38,13 +38,6 @@ class Info:
     def __post_init__(self) -> None:
         self.plain = not (self.reshaped or self.moved or self.over or self.group)
 
-    def reading(self, inputs: tuple[fx.Node, ...]) -> Info:
-        """The same of a copy, which reads the copies ``inputs``."""
-        return Info(
-            inputs, self.kind, self.bytes, self.seconds, self.heavy, self.drawn, self.work,
-            self.reshaped, self.moved, self.breaks, self.over, self.group,
-        )  # fmt: skip
-
     def op(self, node: fx.Node, inputs: tuple[int, ...], keep: bool = False) -> Op:
         """The node's op, reading what stands at the places ``inputs``."""
         if self.plain:
@@ -86,7 +79,7 @@ def read_step(
             inputs = _roots(step, _read(node))
             same = [copied.get(a) for a in old.all_input_nodes] == node.all_input_nodes
             if same and [copied.get(i) for i in like[old].inputs] == inputs:
-                found[node] = like[old].reading(tuple(inputs))
+                found[node] = dataclasses.replace(like[old], inputs=tuple(inputs))
                 continue
         found[node] = read_node(step, node, rates, fused)
     return found

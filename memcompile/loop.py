@@ -173,9 +173,7 @@ class Looped:
         for site in self.sites:
             setattr(self.step.module, site.cond, torch.nn.Module())
             setattr(self.step.module, site.body, torch.nn.Module())
-        for node in reversed(self.graph.nodes):
-            if not node.users and not node.is_impure(impure_random=False):
-                self.graph.erase_node(node)
+        self.graph.eliminate_dead_code()
         module = _torch.LazyGraphModule(self.step.module, self.graph)
         module.meta.update(self.step.module.meta)
         return module

@@ -186,14 +186,11 @@ class _Search:
         their functions.
         """
         made = [each.looped for each in state.made]
-        for group in self._alike(state.made):
-            tried = []
-            for chunks in state.made[group[0]].counts:
-                others = self._recounted(state.made, made, group, chunks)
-                if others:
-                    costs = {
-                        name: cost for o in others.values() for name, cost in o.costs().items()
-                    }
+        for places in self._alike(state.made):
+            group, tried = [state.made[at] for at in places], []
+            for chunks in group[0].counts:
+                if others := self._recounted(group, chunks):
+                    costs = dict(cost for other in others for cost in other.costs().items())
                     tried.append((others, redrafted(draft, drafted, costs)))
             if not tried:
                 continue
@@ -201,7 +198,7 @@ class _Search:
             about = min(lefts) + EASED * (max(lefts) - min(lefts))
             close = [new for new, left in zip(tried, lefts, strict=True) if left <= about]
             others, drafted = min(close, key=lambda new: (new[1].seconds, new[1].peak))
-            for at, other in others.items():
+            for at, other in zip(places, others, strict=True):
                 made[at] = other
         if [each.chunks for each in made] == [each.loop.chunks for each in state.made]:
             return state
@@ -216,15 +213,15 @@ class _Search:
             groups.setdefault((family, each.loop.dim, each.form, each.counts), []).append(at)
         return list(groups.values())
 
-    def _recounted(
-        self, state: Sequence[Made], made: Sequence[Looped], group: list[int], chunks: int
-    ) -> dict[int, Looped]:
-        """A group's loops with so many chunks, by place; none where one cannot have as many."""
-        others: dict[int, Looped] = {}
-        for at in group:
-            loop = dataclasses.replace(state[at].loop, chunks=chunks)
-            other = made[at].recounted(chunks)
-            if other is None or what_of(loop, state[at].form) in self.rounds.barred:
-                return {}
-            others[at] = other
+    def _recounted(self, group: Sequence[Made], chunks: int) -> list[Looped]:
+        """A group's loops with so many chunks; none where one cannot have as many."""
+        others: list[Looped] = []
+        for each in group:
+            loop, other = (
+                dataclasses.replace(each.loop, chunks=chunks),
+                each.looped.recounted(chunks),
+            )
+            if other is None or what_of(loop, each.form) in self.rounds.barred:
+                return []
+            others.append(other)
         return others

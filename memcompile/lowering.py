@@ -206,7 +206,7 @@ class Walk:
         self.peak = 0
         self.moments: list[Moment] = []
         self.unread: list[str] = []
-        self.bodies: dict[int, Side] = {}  #: of loops walked already, by their graphs
+        self.bodies: dict[Any, Side] = {}  #: of loops walked already, by their graphs
         self.gone: set[str] = set()  #: freed here, held for another buffer by Inductor
         self.outputs = set(graph.get_output_names())
 
@@ -309,11 +309,11 @@ class Walk:
 
     def _on_EnterSubgraphLine(self, line: Any) -> None:
         """A loop's body: what it allocates is gone after each trip."""
-        body = self.bodies.get(id(line.graph))
+        body = self.bodies.get(line.graph)
         if body is None:
             with _torch.V.set_graph_handler(line.graph):
                 body = Walk(line.graph, False, set(), self.scratch, self.pooled).run()
-            self.bodies[id(line.graph)] = body
+            self.bodies[line.graph] = body
             self.unread += body.unread
         self.peak = max(self.peak, self.live + body.peak)
         self.moments.append(Moment(line.graph.name, self.live + body.peak))

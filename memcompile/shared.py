@@ -7,6 +7,8 @@ there are, not by the blocks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import fx
 
@@ -30,32 +32,32 @@ def share_functions(module: fx.GraphModule) -> None:
         module: the graph, changed in place.
     """
     known: dict[object, str] = {}
-    changed = False
+    replaced: set[str] = set()
     for loop in [node for node in module.graph.nodes if is_loop(node)]:
-        functions = list(loop.args[:2])
-        for place, function in enumerate(functions):
-            key = _key(getattr(module, function.target), loop)
+        given = [node.meta["val"] for node in (*loop.args[2], *loop.args[3])]
+        for place, function in enumerate(loop.args[:2]):
+            key = _key(getattr(module, function.target), given)
             name = known.setdefault(key, function.target) if key is not None else function.target
             if name != function.target:
                 with module.graph.inserting_before(loop):
-                    functions[place] = module.graph.get_attr(name)
-        if functions != list(loop.args[:2]):
-            loop.args, changed = (*functions, *loop.args[2:]), True
-    if changed:
-        for node in module.graph.find_nodes(op="get_attr"):
-            if not node.users:
-                module.graph.erase_node(node)
-                if isinstance(getattr(module, node.target), fx.GraphModule):
-                    delattr(module, node.target)
-        module.recompile()
+                    loop.update_arg(place, module.graph.get_attr(name))
+                replaced.add(function.target)
+    if not replaced:
+        return
+    module.graph.eliminate_dead_code()
+    for name in replaced - {node.target for node in module.graph.find_nodes(op="get_attr")}:
+        delattr(module, name)
+    module.recompile()
 
 
-def _key(function: fx.GraphModule, loop: fx.Node) -> object:
-    """Equal for functions that do the same; ``None`` where one holds what others may not have."""
+def _key(function: fx.GraphModule, given: Sequence[object]) -> object:
+    """Equal for functions that do the same of what they are given.
+
+    ``None`` where one holds what others may not have.
+    """
     if function.graph.find_nodes(op="get_attr"):
         return None
     inputs = len(function.graph.find_nodes(op="placeholder"))
-    given = [node.meta["val"] for node in (*loop.args[2], *loop.args[3])]
     made = [node.meta.get("val") for node in function.graph.nodes if node.op == "call_function"]
     starts = [v.storage_offset() if isinstance(v, torch.Tensor) else v for v in given]
     return str((fingerprint(function.graph)[inputs:], *map(_lies, (*given, *made)), starts))

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any
 
-import torch
 from torch import fx
 
 from memcompile.step import tensors
@@ -52,17 +50,7 @@ class Flow:
 def tensor_args(node: fx.Node) -> list[fx.Node]:
     """The node's tensor arguments in order, repeats included."""
     found: list[fx.Node] = []
-    stack: list[Any] = [node.kwargs, node.args] if node.kwargs else [node.args]
-    while stack:  # a rule asks this of every node it looks at: no call each argument
-        at = stack.pop()
-        if isinstance(at, fx.Node):
-            value = at.meta.get("val")
-            if isinstance(value, torch.Tensor) or tensors(at):
-                found.append(at)
-        elif isinstance(at, (tuple, list)):
-            stack.extend(reversed(at))
-        elif isinstance(at, dict):
-            stack.extend(reversed(at.values()))
+    fx.node.map_arg((node.args, node.kwargs), lambda n: found.append(n) if tensors(n) else None)
     return found
 
 
