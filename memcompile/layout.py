@@ -51,7 +51,7 @@ def lay_out(module: fx.GraphModule) -> None:
         body = _copied(getattr(module, loop.args[1].target))
         values = [node for node in body.graph.nodes if _is_elementwise(node)]
         if any([_LayingOut(body, value, value).write() for value in values]):
-            _put(module, loop, body)
+            put_body(module, loop, body)
             changed = True
     if changed:
         module.graph.eliminate_dead_code()
@@ -235,15 +235,16 @@ class _LayingOut:
                 values[view] = values[source.args[2][view.args[1]]]
             else:
                 with mode:
-                    values[view] = _computed(view, values)
+                    values[view] = computed(view, values)
         bodies = {}
         for loop, taken in self.loops.items():
             given = (*loop.args[2], *loop.args[3])
-            bodies[loop] = self._body(loop, {at: values[given[at]] for at in taken})
+            body = getattr(self.module, loop.args[1].target)
+            bodies[loop] = given_anew(body, {at: values[given[at]] for at in taken})
         for node, each in values.items():
             node.meta["val"] = each
         for loop, body in bodies.items():
-            _put(self.module, loop, body)
+            put_body(self.module, loop, body)
             at = self.loops[loop][0]
             if at < len(loop.args[2]):
                 vals = list(loop.meta["val"])
@@ -285,20 +286,27 @@ class _LayingOut:
             node.meta = {**self.made.meta, "val": val}
         self.made.meta["val"] = old
 
-    def _body(self, loop: fx.Node, given: dict[int, torch.Tensor]) -> fx.GraphModule:
-        """A copy of a loop's body that is given what is laid out anew, by the input's number."""
-        body = _copied(getattr(self.module, loop.args[1].target))
-        inputs = body.graph.find_nodes(op="placeholder")
-        for at, value in given.items():
-            inputs[at].meta["val"] = value
-        changed = {inputs[at] for at in given}
-        with _torch.detect_fake_mode(list(given.values())) or contextlib.nullcontext():
-            for node in body.graph.nodes:
-                if not (is_view(node) or node.target is WRITES) or node.args[0] not in changed:
-                    continue
-                node.meta["val"] = _in_trip(node)
-                changed.add(node)
-        return body
+
+def given_anew(body: fx.GraphModule, given: dict[int, torch.Tensor]) -> fx.GraphModule:
+    """A copy of a loop's body that is given what is laid out anew, by the input's number.
+
+    What it notes of views and writes is changed, of nothing else.
+
+    Raises:
+        RuntimeError: a view that such an order does not have.
+    """
+    body = _copied(body)
+    inputs = body.graph.find_nodes(op="placeholder")
+    for at, value in given.items():
+        inputs[at].meta["val"] = value
+    changed = {inputs[at] for at in given}
+    with _torch.detect_fake_mode(list(given.values())) or contextlib.nullcontext():
+        for node in body.graph.nodes:
+            if not (is_view(node) or node.target is WRITES) or node.args[0] not in changed:
+                continue
+            node.meta["val"] = _in_trip(node)
+            changed.add(node)
+    return body
 
 
 def _copied(body: fx.GraphModule) -> fx.GraphModule:
@@ -309,7 +317,7 @@ def _copied(body: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(body, graph)
 
 
-def _put(module: fx.GraphModule, loop: fx.Node, body: fx.GraphModule) -> None:
+def put_body(module: fx.GraphModule, loop: fx.Node, body: fx.GraphModule) -> None:
     """Give a loop another body."""
     body.recompile()
     name = f"{loop.args[1].target}_laid"
@@ -329,14 +337,14 @@ def is_taken_as_it_lies(operand: torch.Tensor) -> bool:
 def _in_trip(node: fx.Node) -> torch.Tensor:
     """What a node of a body gives; where a trip's slice begins is known by the symbol it has."""
     if node.target is not aten.select.int or isinstance(node.args[2], int):
-        return _computed(node, {})
+        return computed(node, {})
     (source, dim, _), old = node.args, node.meta["val"]
     assert isinstance(source, fx.Node)
     first = aten.select.int(source.meta["val"], dim, 0)
     return first.as_strided(first.shape, first.stride(), old.storage_offset())
 
 
-def _computed(node: fx.Node, instead: dict[fx.Node, torch.Tensor]) -> torch.Tensor:
+def computed(node: fx.Node, instead: dict[fx.Node, torch.Tensor]) -> torch.Tensor:
     """What a node gives, of what its arguments are noted to be."""
 
     def value(argument: fx.Node) -> object:

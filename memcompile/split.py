@@ -16,6 +16,7 @@ from torch import fx
 
 from memcompile import _torch
 from memcompile._torch import transfers
+from memcompile.contiguous import make_contiguous
 from memcompile.contract import Proposal
 from memcompile.inplace import write_over
 from memcompile.layout import lay_out
@@ -74,6 +75,7 @@ def split(step: Step, drafted: Drafted) -> Split:
     for side in (forward, backward):
         write_over(side)
         lay_out(side)
+        make_contiguous(side)
         share_functions(side)
     return Split(forward, backward)
 
@@ -114,6 +116,7 @@ def rewrite_whole(step: Step, drafted: Drafted) -> fx.GraphModule:
     module = _Writer(step, drafted).write_whole()
     write_over(module)
     lay_out(module)
+    make_contiguous(module)
     share_functions(module)
     return module
 

@@ -10,11 +10,16 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import memcompile
 import memcompile.planner
+from memcompile import region
+from memcompile.analysis.cost import FIXED
+from memcompile.loop import Looped
+from memcompile.step import Step, is_loop
 
 #: Looser than equality only because decompositions add in another order than eager's kernels.
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
@@ -199,3 +204,47 @@ def stack(blocks: int = 2, width: int = 8, dropout: float = 0.0) -> nn.Sequentia
     """``blocks`` of :class:`Block` in float64."""
     torch.manual_seed(1)
     return nn.Sequential(*(Block(width, dropout) for _ in range(blocks))).double()
+
+
+def with_loop(
+    forward: Callable[..., list[Tensor]], inputs: list[Tensor], value: str
+) -> fx.GraphModule:
+    """The step's graph with a loop of three trips, or four with a shorter one, over a value."""
+    module = make_fx(lambda *given: forward(*given), tracing_mode="fake")(*inputs)
+    step = Step(module, len(forward(*inputs)))
+    seed = next(n for n in step.nodes if n.name == value)
+    found = region.find(step, seed, 0)
+    assert found is not None
+    return Looped(step, found, 3, FIXED).write()
+
+
+def loops(module: fx.GraphModule) -> list[fx.Node]:
+    """The loops of a graph."""
+    return [node for node in module.graph.nodes if is_loop(node)]
+
+
+def first_body(module: fx.GraphModule) -> fx.GraphModule:
+    """That of the graph's first loop."""
+    return getattr(module, loops(module)[0].args[1].target)
+
+
+def assert_noted(module: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> int:
+    """Tensors lie as graph and bodies note it, which kernels are made by; how many were seen."""
+    seen = 0
+
+    class Noted(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> object:
+            nonlocal seen
+            found = super().run_node(node)
+            if isinstance(found, torch.Tensor) and not is_loop(node):
+                assert found.stride() == node.meta["val"].stride(), node
+                seen += 1
+            return found
+
+    Noted(module).run(*inputs)
+    for loop in loops(module):
+        body = getattr(module, loop.args[1].target)
+        read = [n.meta["val"] for n in (*loop.args[2], *loop.args[3])]
+        noted = [n.meta["val"] for n in body.graph.find_nodes(op="placeholder")]
+        assert [v.stride() for v in read] == [v.stride() for v in noted]
+    return seen

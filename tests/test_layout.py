@@ -7,13 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from memcompile import Step, region
-from memcompile.analysis.cost import FIXED
+from helpers import assert_noted, first_body, with_loop
 from memcompile.layout import PRODUCTS, is_taken_as_it_lies, lay_out
-from memcompile.loop import Looped
-from memcompile.step import is_loop
 
 aten = torch.ops.aten
 
@@ -40,18 +36,6 @@ STEPS: dict[str, tuple[Callable[[Tensor, Tensor], list[Tensor]], bool]] = {
 }
 
 
-def looped(
-    forward: Callable[..., list[Tensor]], inputs: list[Tensor], value: str
-) -> fx.GraphModule:
-    """The step's graph with a loop of three trips, or four with a shorter one, over a value."""
-    module = make_fx(lambda *given: forward(*given), tracing_mode="fake")(*inputs)
-    step = Step(module, len(forward(*inputs)))
-    seed = next(n for n in step.nodes if n.name == value)
-    found = region.find(step, seed, 0)
-    assert found is not None
-    return Looped(step, found, 3, FIXED).write()
-
-
 def operands(module: fx.GraphModule) -> list[Tensor]:
     """What batched products read, in the graph and in its loops."""
     graphs = [m.graph for m in module.modules() if isinstance(m, fx.GraphModule)]
@@ -75,7 +59,7 @@ def test_a_factor_lies_as_its_products_read_it_where_nothing_else_does(
         return use(z, wide @ w.T)
 
     inputs = [torch.randn(length, length, 4, dtype=torch.float64), torch.randn(4, 9).double()]
-    module = looped(forward, inputs, "tanh")
+    module = with_loop(forward, inputs, "tanh")
     given = [each.clone() for each in inputs]
     wanted = forward(*given)
     before = [is_taken_as_it_lies(each) for each in operands(module)]
@@ -95,28 +79,9 @@ def test_what_is_noted_of_a_buffer_is_how_it_lies() -> None:
         return outgoing(z, (z @ w).tanh() @ w.T)
 
     inputs = [torch.randn(13, 13, 4), torch.randn(4, 9)]
-    module = looped(lambda z, w: [forward(z, w)], inputs, "tanh")
+    module = with_loop(lambda z, w: [forward(z, w)], inputs, "tanh")
     lay_out(module)
-    seen = 0
-
-    class Noted(fx.Interpreter):
-        def run_node(self, node: fx.Node) -> object:
-            nonlocal seen
-            found = super().run_node(node)
-            if isinstance(found, Tensor) and not is_loop(node):
-                assert found.stride() == node.meta["val"].stride(), node
-                seen += 1
-            return found
-
-    Noted(module).run(*inputs)
-    assert seen > 10
-    for loop in module.graph.find_nodes(
-        op="call_function", target=torch.ops.higher_order.while_loop
-    ):
-        body = getattr(module, loop.args[1].target)
-        read = [n.meta["val"] for n in (*loop.args[2], *loop.args[3])]
-        noted = [n.meta["val"] for n in body.graph.find_nodes(op="placeholder")]
-        assert [v.stride() for v in read] == [v.stride() for v in noted]
+    assert assert_noted(module, inputs) > 10
 
 
 def test_products_take_rows_or_columns_as_they_lie_and_nothing_else() -> None:
@@ -154,7 +119,7 @@ def test_what_is_made_elementwise_lies_as_products_in_loops_read_it(name: str, l
     w = torch.randn(4, 4).double()
     wanted = use((x @ w).tanh(), z.exp())
 
-    module = looped(lambda x, w, f: use((x @ w).tanh(), f), [x, w, z], "cos")
+    module = with_loop(lambda x, w, f: use((x @ w).tanh(), f), [x, w, z], "cos")
     factor = module.graph.find_nodes(op="placeholder")[2]  # instead of it what is made of it
     with module.graph.inserting_after(factor):
         made = module.graph.call_function(aten.exp.default, (factor,))
@@ -164,13 +129,7 @@ def test_what_is_made_elementwise_lies_as_products_in_loops_read_it(name: str, l
 
     assert not any(is_taken_as_it_lies(each) for each in operands(module))
     lay_out(module)
-    assert sum(map(is_taken_as_it_lies, operands(laid_body(module)))) == lie_well
+    assert sum(map(is_taken_as_it_lies, operands(first_body(module)))) == lie_well
     for got, want in zip(module(x, w, z), wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
         assert got.stride() == want.stride()
-
-
-def laid_body(module: fx.GraphModule) -> fx.GraphModule:
-    """That of the graph's first loop."""
-    loop = next(node for node in module.graph.nodes if is_loop(node))
-    return getattr(module, loop.args[1].target)
