@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers import assert_noted, loops, memopt, with_loop
 from torch import Tensor, fx
 from torch._inductor.utils import run_and_get_code
 
-from helpers import assert_noted, loops, memopt, with_loop
 from memcompile.contiguous import make_contiguous
 
 aten = torch.ops.aten

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers import assert_noted, first_body, with_loop
 from torch import Tensor, fx
 
-from helpers import assert_noted, first_body, with_loop
 from memcompile.layout import PRODUCTS, is_taken_as_it_lies, lay_out
 
 aten = torch.ops.aten
