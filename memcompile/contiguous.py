@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import sympy
 import torch
 from torch import fx
 
@@ -19,7 +20,8 @@ from memcompile import _torch
 from memcompile.analysis.ops import classify
 from memcompile.analysis.timeline import Kind
 from memcompile.layout import computed, given_anew, put_body
-from memcompile.step import is_loop, is_view, view_base
+from memcompile.lengths import size_expr
+from memcompile.step import hint, is_loop, is_view, view_base
 
 aten = torch.ops.aten
 
@@ -87,17 +89,22 @@ def _readers(node: fx.Node, whole: bool = True) -> Iterator[tuple[fx.Node, fx.No
 def _wanted(given: fx.Node) -> list[int] | None:
     """The order of an input's dimensions, outermost first, that its largest reader wants."""
     value = given.meta["val"]
-    if not isinstance(value, torch.Tensor) or any(type(size) is not int for size in value.shape):
+    if not isinstance(value, torch.Tensor):
         return None
     order, most = None, 0
     for reader, view, whole in _readers(given):
         made, read = reader.meta.get("val"), view.meta["val"]
         if not isinstance(made, torch.Tensor) or classify(reader) != Kind.POINTWISE:
             return None  # how others want it is theirs
-        if made.numel() <= most or not (whole or made.numel() >= READS * read.numel()):
-            continue
-        order, most = _along(value, read, made), made.numel()
+        number = hint(made.numel())
+        if number > most and (whole or number >= READS * hint(read.numel())):
+            order, most = _along(value, read, made), number
     return order
+
+
+def _lies(value: torch.Tensor) -> tuple[list[int], list[int]]:
+    """Sizes and strides, in this trace where they are symbolic."""
+    return [hint(size) for size in value.shape], [hint(each) for each in value.stride()]
 
 
 def _along(value: torch.Tensor, read: torch.Tensor, made: torch.Tensor) -> list[int] | None:
@@ -105,22 +112,30 @@ def _along(value: torch.Tensor, read: torch.Tensor, made: torch.Tensor) -> list[
 
     ``None`` where that is so already, or where ``read`` is one number there.
     """
+    sizes, strides = _lies(made)
     runs = min(
-        (dim for dim in range(made.dim()) if made.shape[dim] > 1),
-        key=lambda dim: (made.stride(dim), -dim),
+        (dim for dim, size in enumerate(sizes) if size > 1),
+        key=lambda dim: (strides[dim], -dim),
         default=None,
     )
     if runs is None or (at := runs - made.dim() + read.dim()) < 0:
         return None
-    stride = read.stride(at)
-    if read.shape[at] == 1 or stride in (0, 1):
+    sizes, strides = _lies(read)
+    step = strides[at]
+    if sizes[at] == 1 or step in (0, 1):
         return None
-    dims = [dim for dim, size in enumerate(value.shape) if size > 1]
-    (*found,) = (dim for dim in dims if value.stride(dim) == stride)
-    if len(found) != 1 or any(value.stride(dim) == 0 for dim in dims):
+    sizes, strides = _lies(value)
+    dims = [dim for dim, size in enumerate(sizes) if size > 1]
+    found = [dim for dim in dims if strides[dim] == step]
+    if len(found) != 1 or any(strides[dim] == 0 for dim in dims):
         return None
-    rest = [dim for dim in range(value.dim()) if dim != found[0]]
-    return [*sorted(rest, key=lambda dim: -value.stride(dim)), found[0]]
+    rest = sorted(set(range(value.dim())) - set(found), key=lambda dim: -strides[dim])
+    return rest + found
+
+
+def _exactly(value: torch.Tensor) -> list[sympy.Expr]:
+    """Strides at every length."""
+    return [size_expr(each) for each in value.stride()]
 
 
 def _makes_the_same(body: fx.GraphModule, at: int) -> bool:
@@ -128,6 +143,6 @@ def _makes_the_same(body: fx.GraphModule, at: int) -> bool:
     given = body.graph.find_nodes(op="placeholder")[at]
     with _torch.detect_fake_mode([given.meta["val"]]) or contextlib.nullcontext():
         return all(
-            computed(reader, {}).stride() == reader.meta["val"].stride()
+            _exactly(computed(reader, {})) == _exactly(reader.meta["val"])
             for reader, _, _ in _readers(given)
         )

@@ -56,7 +56,8 @@ def in_loop(use: Use, length: int) -> tuple[fx.GraphModule, list[Tensor], Tensor
     torch.manual_seed(0)
     z, bias = torch.randn(length, 4, length, 4), torch.randn(length, length, 4)
     inputs = [z.double(), bias.double()]
-    return with_loop(lambda z, b: [use(z, b)], inputs, "_softmax"), inputs, use(*inputs)
+    module = with_loop(lambda z, b: [use(z, b)], inputs, "_softmax")
+    return module, inputs, use(*inputs)
 
 
 def copies(module: fx.GraphModule) -> list[fx.Node]:
@@ -77,7 +78,8 @@ def test_what_each_trip_reads_along_a_stride_is_copied_once(name: str, length: i
     assert assert_noted(module, inputs)
 
 
-def test_kernels_of_loops_use_vectors_where_inductors_own_do_not() -> None:
+@pytest.mark.parametrize("known", [True, False], ids=["known lengths", "any length"])
+def test_kernels_of_loops_use_vectors_where_inductors_own_do_not(known: bool) -> None:
     """The bias of triangle attention, as Inductor's C++ reads it."""
     bias = torch.randn(64, 64, 4)
 
@@ -87,6 +89,9 @@ def test_kernels_of_loops_use_vectors_where_inductors_own_do_not() -> None:
     def run(compiled: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, str]:
         torch.manual_seed(0)
         z = torch.randn(64, 4, 64, 4, requires_grad=True)
+        if not known:
+            torch._dynamo.mark_dynamic(z, (0, 2))
+            torch._dynamo.mark_dynamic(bias, (0, 1))
         found, codes = run_and_get_code(lambda: compiled(z, bias))
         return found, "".join(codes)
 
