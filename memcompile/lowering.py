@@ -22,21 +22,12 @@ from memcompile.step import hint, tensor_size, tensors
 
 
 @dataclasses.dataclass(frozen=True)
-class Moment:
-    """Bytes alive just after one allocation."""
-
-    label: str
-    live: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Side:
     """One lowered side: bytes above what lives when it starts."""
 
     peak: int
     unpooled: int  #: the peak were every buffer freed at its last use, none held for another
     end: int  #: bytes still alive when it returns
-    moments: tuple[Moment, ...]
     unread: tuple[str, ...] = ()  #: wrapper lines the walk does not know
 
 
@@ -118,7 +109,7 @@ class Lowering:
         graph = dry_run(module, compile_side)
         self.seconds += time.perf_counter() - started
         if graph is None:
-            return Side(0, 0, 0, ())
+            return Side(0, 0, 0)
         with _torch.V.set_graph_handler(graph):
             given = graph, owned, lent or set(), self.scratch
             apart = Walk(*given, pooled=False, landed=landed).run()
@@ -204,7 +195,6 @@ class Walk:
         self.parts: dict[str, list[str]] = {}
         self.live = 0
         self.peak = 0
-        self.moments: list[Moment] = []
         self.unread: list[str] = []
         self.bodies: dict[Any, Side] = {}  #: of loops walked already, by their graphs
         self.gone: set[str] = set()  #: freed here, held for another buffer by Inductor
@@ -225,7 +215,7 @@ class Walk:
                 self.unread.append(line)
         kept = {self.root.get(name, name) for name in self.outputs}
         end = sum(size for root, size in self.size.items() if root in kept)
-        return Side(self.peak, self.peak, end, tuple(self.moments), tuple(self.unread))
+        return Side(self.peak, self.peak, end, tuple(self.unread))
 
     def _inputs(self) -> None:
         """Inputs the side owns (saved activations) are freed by it; their bytes count as zero
@@ -247,12 +237,12 @@ class Walk:
     # -- the lines of torch's wrapper -------------------------------------------------
 
     def _on_AllocateLine(self, line: Any) -> None:
-        self._allocate(line.node.get_name(), self._bytes(line.node), line.node)
+        self._allocate(line.node.get_name(), self._bytes(line.node))
 
     def _on_ReuseLine(self, line: Any) -> None:
         old, new = line.node.get_name(), line.reused_as
         if not self.pooled and old in self.gone:
-            self._allocate(new.get_name(), self._bytes(new), new)
+            self._allocate(new.get_name(), self._bytes(new))
             return
         self._alias(new.get_name(), old)
         if line.delete_old and old not in self.outputs:
@@ -297,7 +287,7 @@ class Walk:
         if aliases:
             self._alias(name, aliases[0])
         else:
-            self._allocate(name, size, node)
+            self._allocate(name, size)
 
     def _part(self, name: str, buffer: Any) -> None:
         aliases = buffer.get_inputs_that_alias_output()
@@ -305,7 +295,7 @@ class Walk:
         if known:
             self._alias(name, known[0])
         else:
-            self._allocate(name, self._bytes(buffer), buffer)
+            self._allocate(name, self._bytes(buffer))
 
     def _on_EnterSubgraphLine(self, line: Any) -> None:
         """A loop's body: what it allocates is gone after each trip."""
@@ -316,7 +306,6 @@ class Walk:
             self.bodies[line.graph] = body
             self.unread += body.unread
         self.peak = max(self.peak, self.live + body.peak)
-        self.moments.append(Moment(line.graph.name, self.live + body.peak))
 
     def _on_ExternKernelOutLine(self, line: Any) -> None:
         self._work(line.node)
@@ -333,24 +322,15 @@ class Walk:
     def _hint(self, expression: Any) -> int:
         return _torch.sizevar_hint(self.graph, expression)
 
-    def _allocate(self, name: str, size: int, node: Any) -> None:
+    def _allocate(self, name: str, size: int) -> None:
         if name in self.root:
             return
         self.root[name], self.size[name], self.names[name] = name, size, 1
         self.live += size
-        self._moment(name, node)
+        self.peak = max(self.peak, self.live)
 
     def _work(self, node: Any) -> None:
-        extra = self.scratch(node)
-        if extra:
-            self.live += extra
-            self._moment(node.get_name(), node)
-            self.live -= extra
-
-    def _moment(self, name: str, node: Any) -> None:
-        self.peak = max(self.peak, self.live)
-        origins = [o.name for o in getattr(node, "origins", ())]
-        self.moments.append(Moment(origins[0] if origins else name, self.live))
+        self.peak = max(self.peak, self.live + self.scratch(node))
 
     def _alias(self, new: str, old: str) -> None:
         root = self.root.get(old)
