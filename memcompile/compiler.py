@@ -262,7 +262,7 @@ class Compiler:
         return Draft(step, calibrate(step.device), again, self.fused, like)
 
     def _lower_planned(self, step: Step, cut: Split, drafted: Drafted) -> tuple[int, int]:
-        with prompt_kernels(HELD), in_order(bool(drafted.stays)):
+        with prompt_kernels(HELD), in_order(bool(drafted.stays) or cut.has_loops):
             return self._lower(step, cut, drafted)
 
     def _lower(self, step: Step, cut: Split, drafted: Drafted) -> tuple[int, int]:
@@ -310,7 +310,7 @@ class Compiler:
         ):
             _torch.guard_fits(expression)
         self.prompt |= chosen.prompt
-        self.ordered |= bool(chosen.drafted.stays)
+        self.ordered |= bool(chosen.drafted.stays) or chosen.split.has_loops
         if not chosen.pooled:
             self.pooled = False
             self.notes.append("buffers are freed at their last use instead of held for reuse")

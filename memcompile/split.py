@@ -22,7 +22,7 @@ from memcompile.inplace import write_over
 from memcompile.layout import lay_out
 from memcompile.plan import Drafted, Late
 from memcompile.shared import share_functions
-from memcompile.step import Step
+from memcompile.step import Step, is_loop
 
 #: Where a rebuilt value keeps the name of the value that it stands for.
 STANDS_FOR = "memcompile_stands_for"
@@ -34,6 +34,12 @@ class Split:
 
     forward: fx.GraphModule
     backward: fx.GraphModule | None  #: ``None`` for a step that is not split
+
+    @property
+    def has_loops(self) -> bool:
+        """Whether a side runs loops."""
+        sides = [side for side in (self.forward, self.backward) if side is not None]
+        return any(is_loop(node) for side in sides for node in side.graph.nodes)
 
 
 def inductor_split(step: Step) -> tuple[Split, list[str]]:
