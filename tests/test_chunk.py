@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from chunk_subjects import SUBJECTS, Attention, OuterProductMean, Scores, Words,
 from helpers import FUSED_CLOSE, assert_same, expected, memopt, planned, tensor
 from memcompile_passes.chunk import Chunk
 from torch import nn
+from torch._inductor import config as inductor_config
+from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
@@ -36,6 +39,24 @@ def looped(
     got, (report,) = planned(model, inputs, budget, passes=passes, strict=strict, **more)
     assert_same(got, wanted)
     return report
+
+
+# ---------------------------------------------------------------- the order
+
+
+@pytest.mark.parametrize("budget", ["min", None])
+def test_kernels_keep_to_the_graphs_order_where_there_are_loops(budget: Any) -> None:
+    """Inductor's own estimate of memory, by which it looks for another, knows no loop's body."""
+    model, seen = Attention(), []
+    run = GraphLowering.codegen
+
+    def spied(self: GraphLowering) -> Any:
+        seen.append(inductor_config.reorder_for_peak_memory)
+        return run(self)
+
+    with mock.patch.object(GraphLowering, "codegen", spied):
+        memopt(model, budget, "inductor", passes=PASSES)(torch.randn(1, 61, 8)).sum().backward()
+    assert seen[-2:] == [budget is None] * 2
 
 
 # ---------------------------------------------------------------- the numbers

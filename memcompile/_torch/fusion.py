@@ -86,7 +86,7 @@ def in_order(wanted: bool) -> Iterator[None]:
     """Within the block Inductor looks for no other order of kernels, where that is wanted.
 
     Copies to the host and back are where they are hidden; its estimate of memory counts what
-    lies on the host as if it lay on the device.
+    lies on the host as if it lay on the device, and nothing of what a loop's body holds.
     """
     with inductor_config.patch({"reorder_for_peak_memory": False} if wanted else {}):
         yield
