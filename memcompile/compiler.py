@@ -262,7 +262,7 @@ class Compiler:
         return Draft(step, calibrate(step.device), again, self.fused, like)
 
     def _lower_planned(self, step: Step, cut: Split, drafted: Drafted) -> tuple[int, int]:
-        with prompt_kernels(HELD), in_order(bool(drafted.stays) or cut.has_loops):
+        with prompt_kernels(HELD), in_order(cut.keeps_order(drafted)):
             return self._lower(step, cut, drafted)
 
     def _lower(self, step: Step, cut: Split, drafted: Drafted) -> tuple[int, int]:
@@ -310,7 +310,7 @@ class Compiler:
         ):
             _torch.guard_fits(expression)
         self.prompt |= chosen.prompt
-        self.ordered |= bool(chosen.drafted.stays) or chosen.split.has_loops
+        self.ordered |= chosen.split.keeps_order(chosen.drafted)
         if not chosen.pooled:
             self.pooled = False
             self.notes.append("buffers are freed at their last use instead of held for reuse")

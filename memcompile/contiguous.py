@@ -19,7 +19,7 @@ from torch import fx
 from memcompile import _torch
 from memcompile.analysis.ops import classify
 from memcompile.analysis.timeline import Kind
-from memcompile.layout import computed, given_anew, put_body
+from memcompile.layout import computed, copy_before, given_anew, put_body
 from memcompile.lengths import size_expr
 from memcompile.step import hint, is_loop, is_view, view_base
 
@@ -52,25 +52,15 @@ def _copy_before(module: fx.GraphModule, loop: fx.Node, at: int, value: fx.Node)
     old = value.meta["val"]
     back = [order.index(dim) for dim in range(old.dim())]
     with _torch.detect_fake_mode([old]) or contextlib.nullcontext():
-        turned = old.permute(order)
-        laid = turned.clone(memory_format=torch.contiguous_format)
-        new = laid.permute(back)
+        new = old.permute(order).clone(memory_format=torch.contiguous_format).permute(back)
     try:
         body = given_anew(body, {at: new})
     except RuntimeError:  # a view that such an order does not have
         return False
     if not _makes_the_same(body, at):
         return False
-    graph = module.graph
-    with graph.inserting_before(loop):
-        nodes = [graph.call_function(aten.permute.default, (value, order))]
-        contiguous = {"memory_format": torch.contiguous_format}
-        nodes.append(graph.call_function(aten.clone.default, (nodes[0],), contiguous))
-        nodes.append(graph.call_function(aten.permute.default, (nodes[1], back)))
-    for node, made in zip(nodes, (turned, laid, new), strict=True):
-        node.meta = {**value.meta, "val": made}
     given = list(loop.args[3])
-    given[at - len(loop.args[2])] = nodes[-1]
+    given[at - len(loop.args[2])] = copy_before(loop, value, order, new)[-1]
     loop.update_arg(3, tuple(given))
     put_body(module, loop, body)
     return True

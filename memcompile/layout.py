@@ -270,21 +270,29 @@ class _LayingOut:
 
     def _copy(self, order: list[int], value: torch.Tensor) -> None:
         """A copy in the new order, as ``value`` lies, which is fused with what makes the tensor."""
-        graph, old = self.module.graph, self.was
-        back = [order.index(d) for d in range(value.dim())]
-        with graph.inserting_after(self.made):
-            turned = graph.call_function(aten.permute.default, (self.made, order))
-        with graph.inserting_after(turned):
-            laid = graph.call_function(
-                aten.clone.default, (turned,), {"memory_format": torch.contiguous_format}
-            )
-        with graph.inserting_after(laid):
-            new = graph.call_function(aten.permute.default, (laid, back))
+        self.made.meta["val"] = self.was
+        turned, _, new = copy_before(self.made.next, self.made, order, value)
         self.made.replace_all_uses_with(new, delete_user_cb=lambda user: user is not turned)
-        metas = (old.permute(order), value.permute(order), value)
-        for node, val in zip((turned, laid, new), metas, strict=True):
-            node.meta = {**self.made.meta, "val": val}
-        self.made.meta["val"] = old
+
+
+def copy_before(
+    place: fx.Node, source: fx.Node, order: list[int], value: torch.Tensor
+) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """A copy of ``source`` whose dimensions lie in that order, as ``value`` does.
+
+    The nodes that turn it, copy it and turn it back, in front of ``place``.
+    """
+    graph = place.graph
+    back = [order.index(dim) for dim in range(value.dim())]
+    contiguous = {"memory_format": torch.contiguous_format}
+    with graph.inserting_before(place):
+        turned = graph.call_function(aten.permute.default, (source, order))
+        laid = graph.call_function(aten.clone.default, (turned,), contiguous)
+        new = graph.call_function(aten.permute.default, (laid, back))
+    vals = (source.meta["val"].permute(order), value.permute(order), value)
+    for node, val in zip((turned, laid, new), vals, strict=True):
+        node.meta = {**source.meta, "val": val}
+    return turned, laid, new
 
 
 def given_anew(body: fx.GraphModule, given: dict[int, torch.Tensor]) -> fx.GraphModule:

@@ -35,11 +35,10 @@ class Split:
     forward: fx.GraphModule
     backward: fx.GraphModule | None  #: ``None`` for a step that is not split
 
-    @property
-    def has_loops(self) -> bool:
-        """Whether a side runs loops."""
+    def keeps_order(self, drafted: Drafted) -> bool:
+        """Whether Inductor is to look for no other order: by copies to the host, or by loops."""
         sides = [side for side in (self.forward, self.backward) if side is not None]
-        return any(is_loop(node) for side in sides for node in side.graph.nodes)
+        return bool(drafted.stays) or any(is_loop(n) for side in sides for n in side.graph.nodes)
 
 
 def inductor_split(step: Step) -> tuple[Split, list[str]]:
