@@ -14,6 +14,7 @@ from torch import fx
 
 from memcompile.analysis.ops import is_random, op_name
 from memcompile.contract import Loop
+from memcompile.cuts import segment_seeds
 from memcompile.draft import Draft
 from memcompile.ladder import AIM, SURE
 from memcompile.loop import Looped
@@ -30,6 +31,8 @@ HALF = 0.5
 TURNS = 3
 #: How much of what chunk counts differ by may be given up for fewer of them.
 EASED = 0.01
+#: What is kept and smaller than this share of the largest kept value is left alone.
+SMALL = 0.01
 #: As few chunks as will do; whatever leaves least.
 SHALLOW, DEEPEST = Aim(0.75, 0.05), Aim(DEEP, 0.0)
 
@@ -53,13 +56,50 @@ def with_loops(
     ``room`` (bytes above the inputs), and whatever leaves the least. With no room to fit into,
     only that. Nothing where no loop helps. What is yielded has a ladder.
     """
-    start = State(planner, lambda: loops, planner.drafted(plan))
+    start = State(planner, lambda: loops, _leanest(planner, plan))
     search = _Search(start, anew, planned, failed)
     given: set[object] = set()
     for state, found in search.ever_lower(room):
         if state.rows and state.shape not in given:
             given.add(state.shape)
             yield found or planned(state.planner, None), state.rows
+
+
+def _leanest(planner: Planner, plan: Plan) -> Drafted:
+    """The plan to look for loops from: what it keeps stays alive where they have been.
+
+    Under ``plan``, the one of least peak, all may be kept that the highest moment has room for, and
+    values inside the regions of loops. Keeping what crosses narrow places is tried, too; of both is
+    dropped what adds to the excess that the floor's loops are to lower. No seconds are asked.
+    """
+    before = planner.draft.before
+    aimed = before + int(DEEP * (planner.drafted(plan).peak - before))
+    lean = _lean(planner, plan, aimed)
+    narrow = segment_seeds(planner.draft, planner.is_candidate)[:1]
+    found = [lean, *(_lean(planner, each, aimed) for each in narrow)]
+    able = [each for each in found if _saved(planner, each) <= _saved(planner, lean)]
+    return min(able, key=lambda drafted: (above(drafted, aimed), drafted.peak))
+
+
+def _saved(planner: Planner, drafted: Drafted) -> int:
+    return sum(planner.draft.info[value].bytes for value in drafted.saved)
+
+
+def _lean(planner: Planner, plan: Plan, line: int) -> Drafted:
+    """A plan without what adds to the excess above ``line``, the largest values first, in all
+    blocks that are alike at once."""
+    now, info = planner.drafted(plan), planner.draft.info
+    kept = [v for v in now.saved if v in planner.is_candidate]
+    groups = {tuple(o for o in planner.alike.get(v, (v,)) if o in kept): v for v in kept}
+    least = SMALL * max((info[v].bytes for v in kept), default=0)
+    sizes = {same: sum(info[v].bytes for v in same) for same in groups}
+    for same in sorted(sizes, key=sizes.__getitem__, reverse=True):
+        if sizes[same] < least:
+            break
+        new = planner.drafted(dataclasses.replace(now.plan, kept=now.plan.kept - set(same)))
+        if above(new, line) < above(now, line):
+            now = new
+    return now
 
 
 def _fitting(start: State, room: float) -> Aim:

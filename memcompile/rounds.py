@@ -33,7 +33,8 @@ WORTH = 0.004
 LOWER = 0.02
 #: How many high moments of the step are looked at for the floor's sake.
 HIGHEST = 4
-#: How high one moment may stand on the way, as a share of the peak, for others to come down.
+#: How high one moment may stand on the way, as a share of the peak, for others to come down; and
+#: the excess of all, as a share of itself, for the peak to.
 RISE = 1.1
 #: Where no more of the peak than this is aimed at, the floor is.
 DEEP = 0.05
@@ -236,7 +237,12 @@ def _chosen(state: State, aim: Aim, tried: list[State], start: State) -> State |
     if aim.share <= DEEP:
         least, lower = WORTH * above(start.drafted, _line(start, aim.share)), LOWER
     peak = state.peak - lower * span(state)
-    helped = [new for new in tried if now - lefts[id(new)] > least or new.peak < peak]
+    most = RISE * now
+    helped = [
+        new
+        for new in tried
+        if now - (left := lefts[id(new)]) > least or (new.peak < peak and left <= most)
+    ]
     if not helped:
         return None
     left = min(lefts[id(new)] for new in helped)
