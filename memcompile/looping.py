@@ -7,6 +7,7 @@ leaves least. What is left is a step like any other, with a ladder of its own.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 
@@ -56,7 +57,7 @@ def with_loops(
     ``room`` (bytes above the inputs), and whatever leaves the least. With no room to fit into,
     only that. Nothing where no loop helps. What is yielded has a ladder.
     """
-    start = State(planner, lambda: loops, _leanest(planner, plan))
+    start = State(planner, lambda: loops, planner.drafted(plan))
     search = _Search(start, anew, planned, failed)
     given: set[object] = set()
     for state, found in search.ever_lower(room):
@@ -66,23 +67,17 @@ def with_loops(
 
 
 def _leanest(planner: Planner, plan: Plan) -> Drafted:
-    """The plan to look for loops from: what it keeps stays alive where they have been.
+    """The plan to look for the floor's loops from: what it keeps stays where loops have been.
 
     Under ``plan``, the one of least peak, all may be kept that the highest moment has room for, and
     values inside the regions of loops. Keeping what crosses narrow places is tried, too; of both is
-    dropped what adds to the excess that the floor's loops are to lower. No seconds are asked.
+    dropped what adds to the excess that the loops are to lower. No seconds are asked.
     """
     before = planner.draft.before
-    aimed = before + int(DEEP * (planner.drafted(plan).peak - before))
-    lean = _lean(planner, plan, aimed)
-    narrow = segment_seeds(planner.draft, planner.is_candidate)[:1]
-    found = [lean, *(_lean(planner, each, aimed) for each in narrow)]
-    able = [each for each in found if _saved(planner, each) <= _saved(planner, lean)]
-    return min(able, key=lambda drafted: (above(drafted, aimed), drafted.peak))
-
-
-def _saved(planner: Planner, drafted: Drafted) -> int:
-    return sum(planner.draft.info[value].bytes for value in drafted.saved)
+    line = before + int(DEEP * (planner.drafted(plan).peak - before))
+    plans = (plan, *segment_seeds(planner.draft, planner.is_candidate)[:1])
+    found = [_lean(planner, each, line) for each in plans]
+    return min(found, key=lambda drafted: (above(drafted, line), drafted.peak))
 
 
 def _lean(planner: Planner, plan: Plan, line: int) -> Drafted:
@@ -142,6 +137,13 @@ class _Search:
         self.start, self.anew, self.planned, self.failed = start, anew, planned, failed
         self.rounds = Rounds(start, anew, failed)
 
+    @functools.cached_property
+    def lean(self) -> State:
+        """The start under the plan to look for the floor's loops from."""
+        planner, plan = self.start.planner, self.start.drafted.plan
+        lean = _leanest(planner, plan)
+        return self.start if lean.plan.key() == plan.key() else replanned(self.start, lean.plan)
+
     def ever_lower(self, room: int | None) -> Iterator[tuple[State, Planner | None]]:
         """The start with the loops that help, one aim after the other; each costs a search.
 
@@ -178,7 +180,7 @@ class _Search:
 
     def _deeper(self, aim: Aim, fill: bool = True) -> Iterator[tuple[State, Planner]]:
         """Loops, the plan that leaves least with them, the loops that lower this one, and so on."""
-        state = self.start
+        state = self.lean
         for _ in range(TURNS):
             new = self.rounds.run(aim, state)
             if new is state:
