@@ -34,6 +34,8 @@ TURNS = 3
 EASED = 0.01
 #: What is kept and smaller than this share of the largest kept value is left alone.
 SMALL = 0.01
+#: Nodes of a step that is looked at from two plans for its least peak: it takes twice as long.
+FEW = 1200
 #: As few chunks as will do; whatever leaves least.
 SHALLOW, DEEPEST = Aim(0.75, 0.05), Aim(DEEP, 0.0)
 
@@ -66,7 +68,7 @@ def with_loops(
             yield found or planned(state.planner, None), state.rows
 
 
-def _leanest(planner: Planner, plan: Plan) -> Drafted:
+def leanest(planner: Planner, plan: Plan) -> Drafted:
     """The plan to look for the floor's loops from: what it keeps stays where loops have been.
 
     Under ``plan``, the one of least peak, all may be kept that the highest moment has room for, and
@@ -138,11 +140,14 @@ class _Search:
         self.rounds = Rounds(start, anew, failed)
 
     @functools.cached_property
-    def lean(self) -> State:
-        """The start under the plan to look for the floor's loops from."""
+    def starts(self) -> list[State]:
+        """What to look for the floor's loops from, the likeliest first: see :func:`leanest`."""
         planner, plan = self.start.planner, self.start.drafted.plan
-        lean = _leanest(planner, plan)
-        return self.start if lean.plan.key() == plan.key() else replanned(self.start, lean.plan)
+        lean = leanest(planner, plan).plan
+        same = lean.key() == plan.key()
+        if same:
+            return [self.start]
+        return [dataclasses.replace(replanned(self.start, lean), turn=TURNS), self.start]
 
     def ever_lower(self, room: int | None) -> Iterator[tuple[State, Planner | None]]:
         """The start with the loops that help, one aim after the other; each costs a search.
@@ -160,7 +165,9 @@ class _Search:
         for aim in (*aims, fitting):
             for state in self._found(aim, None if aim in aims else enough):
                 yield state, None
-        for state, planner in self._deeper(_deep_enough(self.start, room)):
+        aim = _deep_enough(self.start, room)
+        deeper = (found for start in self.starts for found in self._deeper(aim, start))
+        for state, planner in deeper:
             floor = planner.drafted(planner.ladder.floor.plan)
             if floor.peak <= enough:
                 eased = self.eased(state, planner.draft, floor, enough)
@@ -170,7 +177,9 @@ class _Search:
 
     def _least(self) -> Iterator[tuple[State, Planner]]:
         """What leaves least, with as few chunks as leave the floor where it is."""
-        while found := [*self._deeper(DEEPEST, fill=False)]:
+        few = len(self.start.planner.draft.step.nodes) <= FEW
+        starts = self.starts if few else self.starts[:1]
+        while found := [f for start in starts for f in self._deeper(DEEPEST, start, fill=False)]:
             state, planner = min(found, key=lambda each: each[1].ladder.floor.peak)
             floor = planner.drafted(planner.ladder.floor.plan)
             eased = self.eased(state, planner.draft, floor, floor.peak)
@@ -178,9 +187,8 @@ class _Search:
                 yield eased, planner if eased is state else self.planned(eased.planner, planner)
                 return
 
-    def _deeper(self, aim: Aim, fill: bool = True) -> Iterator[tuple[State, Planner]]:
+    def _deeper(self, aim: Aim, state: State, fill: bool = True) -> Iterator[tuple[State, Planner]]:
         """Loops, the plan that leaves least with them, the loops that lower this one, and so on."""
-        state = self.lean
         for _ in range(TURNS):
             new = self.rounds.run(aim, state)
             if new is state:
