@@ -22,8 +22,6 @@ from memcompile.moments import large_at_peak
 from memcompile.plan import Drafted
 from memcompile.state import Anew, State, looped, redrafted
 
-#: Of what is gained, what the least that two forms or dimensions leave may differ by to be as good.
-ALIKE = 0.01
 #: Rounds, at most.
 ROUNDS = 24
 #: What a round must lower the excess to, as a share of itself.
@@ -247,21 +245,10 @@ def _chosen(state: State, aim: Aim, tried: list[State], start: State) -> State |
     ]
     if not helped:
         return None
-    ways: dict[tuple[int, int], int] = {}
-    for new in helped:
-        own = lefts[id(new)]
-        ways[_way(new)] = min(own, ways.get(_way(new), own))
-    left = min(ways.values())
-    about, alike = (left + int(near * abs(now - left)) for near in (aim.near, ALIKE))
-    lines = {way: max(about, own) if own <= alike else about for way, own in ways.items()}
-    close = [new for new in helped if lefts[id(new)] <= lines[_way(new)]]
+    left = min(lefts[id(new)] for new in helped)
+    about = left + aim.near * (now - left)
+    close = [new for new in helped if lefts[id(new)] <= about]
     return min(close, key=lambda new: (new.drafted.seconds, new.peak))
-
-
-def _way(state: State) -> tuple[int, int]:
-    """The form and the dimension of its last loop, whatever its count of chunks is."""
-    made = state.made[-1]
-    return made.form, made.loop.dim
 
 
 def _by_dim(loops: list[Loop], value: fx.Node) -> list[list[Loop]]:

@@ -62,10 +62,9 @@ def test_the_floors_loops_are_looked_for_from_one_plan_on_every_device() -> None
 # ---------------------------------------------------------------- which of the loops is taken
 
 
-def state(*live: int, seconds: float = 1.0, dim: int = 0) -> Any:
-    """A step with some loops, the last over ``dim``, by the bytes alive at each moment."""
+def state(*live: int, seconds: float = 1.0) -> Any:
+    """A step with some loops, by the bytes alive at each moment."""
     return SimpleNamespace(
-        made=[SimpleNamespace(form=1, loop=SimpleNamespace(dim=dim))],
         drafted=SimpleNamespace(
             forward=SimpleNamespace(live=live), backward=SimpleNamespace(live=()), seconds=seconds
         ),
@@ -92,13 +91,3 @@ def test_a_loop_lowers_the_peak_or_what_there_is_in_all(live: tuple[int, ...], t
 def test_of_loops_that_leave_as_little_the_quickest_is_taken() -> None:
     now, slow, quick = state(90, 100), state(50, 50), state(50, 50, seconds=0.5)
     assert rounds._chosen(now, DEEPEST, [slow, quick, state(50, 51)], now) is quick
-
-
-def test_of_two_dimensions_that_leave_about_as_little_the_quicker_is_taken() -> None:
-    """Of one dimension what leaves least: fewer chunks are taken when all loops are known."""
-    now = state(900, 1000)
-    slow, quick = state(500, 500), state(500, 501, seconds=0.5, dim=1)
-    fewer = state(500, 502, seconds=0.1, dim=1)
-    assert rounds._chosen(now, DEEPEST, [slow, quick, fewer], now) is quick
-    other = state(500, 600, seconds=0.5, dim=1)
-    assert rounds._chosen(now, DEEPEST, [slow, other], now) is slow
