@@ -84,7 +84,6 @@ def measured(
     name: str, args: argparse.Namespace, tell: Callable[[str, float], None] = lambda *_: None
 ) -> Found:
     """All sides of one subject, in this process."""
-    torch.set_num_threads(args.threads)
     subject, limit = LAYERS[name](args.scale), LIMITS[name]
     return chunk_study.study(subject, limit, args.scale, args.plan, tell, args.cached)
 
@@ -96,7 +95,9 @@ def measured_alone(name: str, args: argparse.Namespace) -> Found:
     step takes 73 ms by itself and 58 ms after the triangle's, with the same kernels.
     """
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+        1, context, torch.set_num_threads, (args.threads,)
+    ) as pool:
         return pool.submit(measured, name, args).result()
 
 

@@ -21,7 +21,7 @@ from memcompile.analysis.ops import classify
 from memcompile.analysis.timeline import Kind
 from memcompile.layout import computed, copy_before, given_anew, put_body
 from memcompile.lengths import size_expr
-from memcompile.step import hint, is_loop, is_view, view_base
+from memcompile.step import hint, is_view, loops_in, view_base
 
 aten = torch.ops.aten
 
@@ -36,7 +36,7 @@ def make_contiguous(module: fx.GraphModule) -> None:
         module: the finished graph, changed in place; bodies that change are copied.
     """
     changed = False
-    for loop in [node for node in module.graph.nodes if is_loop(node)]:
+    for loop in loops_in(module.graph):
         for at, value in enumerate(loop.args[3], len(loop.args[2])):
             changed |= isinstance(value, fx.Node) and _copy_before(module, loop, at, value)
     if changed:

@@ -14,7 +14,7 @@ from memcompile.contract import Proposal
 from memcompile.plan import Drafted, Late
 from memcompile.report import LoopRow, MoveRow, Point, StayRow, ValueRow
 from memcompile.split import Split
-from memcompile.step import Step, is_loop, source_line, tensors
+from memcompile.step import Step, loops_in, source_line, tensors
 from memcompile.symbolic import peak_expression
 
 LARGEST = 10
@@ -100,7 +100,7 @@ def explain(
 
 def number_loops(module: fx.GraphModule) -> None:
     """Note on each loop which row of the report it belongs to: one round makes one row."""
-    loops = [node for node in module.graph.nodes if is_loop(node)]
+    loops = loops_in(module.graph)
     made = max((node.meta.get("row", -1) for node in loops), default=-1) + 1
     for node in loops:
         node.meta.setdefault("row", made)
@@ -109,8 +109,8 @@ def number_loops(module: fx.GraphModule) -> None:
 def _placed(rows: Sequence[LoopRow], step: Step) -> tuple[LoopRow, ...]:
     """The rows with the names of their loops in the planned step."""
     at: list[list[str]] = [[] for _ in rows]
-    for node in step.nodes:
-        if is_loop(node) and node.meta.get("row", len(at)) < len(at):
+    for node in loops_in(step.graph):
+        if node.meta.get("row", len(at)) < len(at):
             at[node.meta["row"]].append(node.name)
     return tuple(
         dataclasses.replace(row, at=tuple(names)) for row, names in zip(rows, at, strict=True)

@@ -19,7 +19,7 @@ from torch import fx
 from memcompile import _torch
 from memcompile.analysis.ops import classify
 from memcompile.analysis.timeline import Kind
-from memcompile.step import is_loop, is_view, view_base
+from memcompile.step import is_loop, is_view, loops_in, view_base
 
 aten = torch.ops.aten
 
@@ -44,7 +44,7 @@ def lay_out(module: fx.GraphModule) -> None:
         buffer = _buffer(made)
         if buffer is not None:
             changed |= _LayingOut(module, made, buffer).write()
-    for loop in [node for node in module.graph.nodes if is_loop(node)]:
+    for loop in loops_in(module.graph):
         for value in dict.fromkeys(map(_base, loop.args[3])):
             if _is_elementwise(value):
                 changed |= _LayingOut(module, value, value).write()

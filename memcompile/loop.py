@@ -34,7 +34,7 @@ from memcompile.body import (
 from memcompile.inplace import overwritable
 from memcompile.lengths import size_expr
 from memcompile.region import Part, Region
-from memcompile.step import GROUP, OVER, Step, hint, must_save
+from memcompile.step import GROUP, OVER, Step, hint, loops_in, must_save
 from memcompile.trip import LoopCost, cost
 
 aten = torch.ops.aten
@@ -340,8 +340,7 @@ class Looped:
 
 def loops_of(graph: fx.Graph, names: Container[str]) -> list[fx.Node]:
     """The loops of a graph whose bodies have such names."""
-    loops = graph.find_nodes(op="call_function", target=torch.ops.higher_order.while_loop)
-    return [node for node in loops if body_of(node) in names]
+    return [node for node in loops_in(graph) if body_of(node) in names]
 
 
 def body_of(loop: fx.Node) -> str:

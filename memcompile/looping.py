@@ -1,4 +1,4 @@
-"""Which regions become loops: where the peak of the cheapest-in-bytes plan stands.
+"""Which regions become loops: where the peak of a plan that takes few bytes stands.
 
 Round by round, for one aim after the other: a few loops, the quickest that fit the room, whatever
 leaves least. What is left is a step like any other, with a ladder of its own.
@@ -87,9 +87,9 @@ def _lean(planner: Planner, plan: Plan, line: int) -> Drafted:
     blocks that are alike at once."""
     now, info = planner.drafted(plan), planner.draft.info
     kept = [v for v in now.saved if v in planner.is_candidate]
-    groups = {tuple(o for o in planner.alike.get(v, (v,)) if o in kept): v for v in kept}
-    least = SMALL * max((info[v].bytes for v in kept), default=0)
+    groups = (tuple(o for o in planner.alike[v] if o in kept) for v in kept)
     sizes = {same: sum(info[v].bytes for v in same) for same in groups}
+    least = SMALL * max((info[v].bytes for v in kept), default=0)
     for same in sorted(sizes, key=sizes.__getitem__, reverse=True):
         if sizes[same] < least:
             break
@@ -144,10 +144,10 @@ class _Search:
         """What to look for the floor's loops from, the likeliest first: see :func:`leanest`."""
         planner, plan = self.start.planner, self.start.drafted.plan
         lean = leanest(planner, plan).plan
-        same = lean.key() == plan.key()
-        if same:
+        if lean.key() == plan.key():
             return [self.start]
-        return [dataclasses.replace(replanned(self.start, lean), turn=TURNS), self.start]
+        other = replanned(self.start, lean)  # its turns are none of the start's
+        return [dataclasses.replace(other, turn=TURNS), self.start]
 
     def ever_lower(self, room: int | None) -> Iterator[tuple[State, Planner | None]]:
         """The start with the loops that help, one aim after the other; each costs a search.

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from memcompile.step import is_loop
+from memcompile.step import loops_in
 
 
 def fingerprint(graph: fx.Graph) -> list[tuple[object, ...]]:
@@ -33,7 +33,7 @@ def share_functions(module: fx.GraphModule) -> None:
     """
     known: dict[object, str] = {}
     replaced: set[str] = set()
-    for loop in [node for node in module.graph.nodes if is_loop(node)]:
+    for loop in loops_in(module.graph):
         given = [node.meta["val"] for node in (*loop.args[2], *loop.args[3])]
         for place, function in enumerate(loop.args[:2]):
             key = _key(getattr(module, function.target), given)

@@ -22,7 +22,7 @@ from memcompile.inplace import write_over
 from memcompile.layout import lay_out
 from memcompile.plan import Drafted, Late
 from memcompile.shared import share_functions
-from memcompile.step import Step, is_loop
+from memcompile.step import Step, loops_in
 
 #: Where a rebuilt value keeps the name of the value that it stands for.
 STANDS_FOR = "memcompile_stands_for"
@@ -38,7 +38,7 @@ class Split:
     def keeps_order(self, drafted: Drafted) -> bool:
         """Whether Inductor is to look for no other order: by copies to the host, or by loops."""
         sides = [side for side in (self.forward, self.backward) if side is not None]
-        return bool(drafted.stays) or any(is_loop(n) for side in sides for n in side.graph.nodes)
+        return bool(drafted.stays) or any(loops_in(side.graph) for side in sides)
 
 
 def inductor_split(step: Step) -> tuple[Split, list[str]]:

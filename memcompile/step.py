@@ -117,6 +117,11 @@ def is_loop(node: fx.Node) -> bool:
     return node.target is torch.ops.higher_order.while_loop
 
 
+def loops_in(graph: fx.Graph) -> list[fx.Node]:
+    """The loops over chunks of a graph, in its order."""
+    return graph.find_nodes(op="call_function", target=torch.ops.higher_order.while_loop)
+
+
 def _splits_views(node: fx.Node) -> bool:
     """``split`` and friends: a list of views of one tensor."""
     target = node.target
