@@ -73,7 +73,7 @@ def leanest(planner: Planner, plan: Plan) -> Drafted:
 
     Under ``plan``, the one of least peak, all may be kept that the highest moment has room for, and
     values inside the regions of loops. Keeping what crosses narrow places is tried, too; of both is
-    dropped what adds to the excess that the loops are to lower. That is asked of bytes, not seconds.
+    dropped what adds to the excess that the loops are to lower: asked of bytes, not of seconds.
     """
     before = planner.draft.before
     line = before + int(DEEP * (planner.drafted(plan).peak - before))
